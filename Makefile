@@ -1,0 +1,21 @@
+# Two commands do everything: `make sweep` and `make test`. Both need Python 3.11 or newer.
+PYTHON ?= python3
+BIN = .venv/bin
+
+sweep: .venv/ready
+	$(BIN)/lmsat sweep --grid ranks.yaml
+
+test: .venv/ready
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/pytest
+
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "lmsat needs Python 3.11 or newer; try: make PYTHON=python3.12")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
+	$(BIN)/python -m pip install --progress-bar off -q -c constraints.txt -e . --group dev
+	touch $@
+
+.PHONY: sweep test

@@ -1,0 +1,1 @@
+"""What the numbers mean: records, measures, tables and figures. Imports neither of the others."""

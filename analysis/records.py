@@ -1,0 +1,78 @@
+"""The tidy tables of a sweep: one row per measured value, in parquet, written once, scanned lazily.
+
+    runs/<sweep>/records/<table>/<trial>-<segment>.parquet
+
+A segment is named by the step it was written at, so a resumed trial that measures a step again
+writes the same file again. Where two segments hold one key, the later segment counts.
+"""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from analysis import atomic
+
+_KEY = {"trial": pl.String, "step": pl.Int64}
+
+TABLES: dict[str, dict[str, type[pl.DataType]]] = {
+    "scalars": {
+        **_KEY,
+        "tokens": pl.Int64,  # seen in training so far
+        "split": pl.String,  # train, seen, held_out; "" where none applies
+        "metric": pl.String,
+        "layer": pl.Int32,  # null where none applies; -1 is the last, after the final norm
+        "value": pl.Float64,
+        "stderr": pl.Float64,
+        "time": pl.Int64,  # of the measurement, ms since 1970, so that MLflow can be rebuilt
+    },
+    "blocks": {**_KEY, "split": pl.String, "block": pl.Int32, "loss": pl.Float64},  # nats per token
+    "spectra": {**_KEY, "matrix": pl.String, "index": pl.Int32, "sigma": pl.Float64},
+    "trials": {
+        "trial": pl.String,
+        "name": pl.String,
+        "kind": pl.String,
+        "size": pl.String,
+        "head": pl.String,
+        "rank": pl.Int32,  # null for a full head
+        "seed": pl.Int64,
+        "d": pl.Int32,
+        "vocabulary": pl.Int32,
+        "params": pl.Int64,
+        "params_without_embeddings": pl.Int64,  # neither input embedding nor head
+        "lr": pl.Float64,
+        "tokens": pl.Int64,  # to be trained on
+        "tokens_per_param": pl.Float64,
+        "epochs": pl.Float64,
+        "status": pl.String,  # running, done, diverged, failed
+        "step": pl.Int64,
+    },
+}
+KEYS = {
+    "scalars": ["trial", "step", "split", "metric", "layer"],
+    "blocks": ["trial", "step", "split", "block"],
+    "spectra": ["trial", "step", "matrix", "index"],
+    "trials": ["trial"],
+}
+
+
+def write(
+    sweep: Path, table: str, trial: str, segment: int, rows: Iterable[Mapping[str, Any]]
+) -> None:
+    """Write one segment whole or not at all. Raises where a row does not fit the table's schema."""
+    frame = pl.DataFrame(list(rows), schema=TABLES[table], strict=True)
+    if frame.is_empty():
+        return
+    path = sweep / "records" / table / f"{trial}-{segment:012d}.parquet"
+    atomic.write(path, frame.write_parquet)
+
+
+def scan(sweep: Path, table: str, trial: str = "*") -> pl.LazyFrame:
+    """The table of a sweep, or of one of its trials: each key once, the later segment's row."""
+    files = sorted((sweep / "records" / table).glob(f"{trial}-*.parquet"), key=lambda f: f.name)
+    if not files:
+        return pl.LazyFrame(schema=TABLES[table])
+    return pl.scan_parquet(files, schema=TABLES[table]).unique(
+        KEYS[table], keep="last", maintain_order=True
+    )

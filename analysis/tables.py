@@ -1,0 +1,76 @@
+"""Tables made from a sweep's records."""
+
+from pathlib import Path
+
+import polars as pl
+
+from analysis import records
+
+
+def final_losses(sweep: Path) -> pl.DataFrame:
+    """One row for each finished trial: the columns of `trials`, and of its last step the held-out
+    `loss` and `unigram_loss` (nats per token) with the loss's `stderr`; and `series`, its name
+    without rank and seed. By size, then rank, full heads last."""
+    trials = records.scan(sweep, "trials").filter(pl.col("status") == "done")
+    scalars = records.scan(sweep, "scalars").filter(
+        (pl.col("split") == "held_out") & pl.col("metric").is_in(["loss", "unigram_loss"])
+    )
+    losses = (
+        scalars.join(trials.select("trial", "step"), on=["trial", "step"])
+        .group_by("trial")
+        .agg(
+            loss=pl.col("value").filter(pl.col("metric") == "loss").first(),
+            stderr=pl.col("stderr").filter(pl.col("metric") == "loss").first(),
+            unigram_loss=pl.col("value").filter(pl.col("metric") == "unigram_loss").first(),
+        )
+    )
+    return (
+        trials.join(losses, on="trial")
+        .with_columns(series=pl.col("name").str.replace_all(r" (r|s)=\S+", ""))
+        .sort("params_without_embeddings", "size", "rank", "seed", "name", nulls_last=True)
+        .collect()
+    )
+
+
+def unigram_loss(losses: pl.DataFrame) -> float:
+    """What knowing word frequencies alone would cost on the held-out text: the mean over trials
+    of `final_losses`, which agree but for the blocks they were given."""
+    return float(losses.select(pl.col("unigram_loss").mean()).item())
+
+
+def latest(sweep: Path) -> dict[str, dict[str, float]]:
+    """The last held-out loss and speed of every trial that has any, by trial and metric."""
+    rows = (
+        records.scan(sweep, "scalars")
+        .filter(
+            ((pl.col("split") == "held_out") & (pl.col("metric") == "loss"))
+            | (pl.col("metric") == "tokens_per_second")
+        )
+        .sort("step")
+        .group_by("trial", "metric")
+        .agg(pl.col("value").last())
+        .collect()
+    )
+    found: dict[str, dict[str, float]] = {}
+    for row in rows.iter_rows(named=True):
+        found.setdefault(row["trial"], {})[row["metric"]] = row["value"]
+    return found
+
+
+def paired_difference(sweep: Path, a: str, b: str) -> tuple[float, float]:
+    """Held-out loss of trial a less that of b at their last common step, in nats per token, with
+    its standard error: over the evaluation blocks that both saw, block by block, so that what
+    makes a block hard cancels. Raises ValueError where they share fewer than two blocks."""
+    blocks = records.scan(sweep, "blocks").filter(pl.col("split") == "held_out")
+
+    def last(trial: str) -> pl.LazyFrame:
+        own = blocks.filter(pl.col("trial") == trial)
+        return own.filter(pl.col("step") == pl.col("step").max()).select("block", "loss")
+
+    both = last(a).join(last(b), on="block", suffix="_b")
+    gaps = both.select(gap=pl.col("loss") - pl.col("loss_b")).collect()["gap"]
+    if len(gaps) < 2:
+        raise ValueError(f"{a} and {b} share {len(gaps)} evaluation blocks; two are needed")
+    mean, spread = gaps.mean(), gaps.std()
+    assert isinstance(mean, float) and isinstance(spread, float)
+    return mean, spread / len(gaps) ** 0.5

@@ -1,0 +1,202 @@
+"""Grid file -> validated trials with stable ids.
+
+Any field of a grid may be a list and is then an axis; the grid is the product of its axes.
+Entries of `trials` are laid over the grid: one replaces the cells whose axis values it names,
+or adds a cell. A trial's id is a hash of what changes its result and of nothing else.
+"""
+
+import functools
+import hashlib
+import itertools
+import json
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from analysis.errors import BadInput
+from orchestrator import schema
+from trainables import backbones, corpus
+
+SHIPPED = Path(__file__).parent / "grids"
+RECIPE = 1  # of training and probes: a change that moves results makes every id new
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A grid file, read."""
+
+    name: str
+    raw: dict[str, Any]
+    trials: list[dict[str, Any]]
+    """Each as plain values, every default filled in, with id and name."""
+    notices: list[str]
+    """Cells left out, and why."""
+
+
+def find(name: str) -> Path:
+    """The grid file: as given, or among those that ship with lmsat."""
+    path = Path(name)
+    if path.is_file():
+        return path
+    if path.name == name and (SHIPPED / name).is_file():
+        return SHIPPED / name
+    shipped = ", ".join(sorted(p.name for p in SHIPPED.glob("*.yaml")))
+    raise BadInput(f"{name}: no such grid file; shipped with lmsat: {shipped}")
+
+
+def load(path: Path) -> Grid:
+    """Read and validate a grid file. Raises BadInput, one line, with file and field."""
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or "not YAML"
+        raise BadInput(f"{path}{line}: {problem}") from None
+    except (UnicodeDecodeError, OSError) as error:
+        raise BadInput(f"{path}: cannot be read: {error}") from None
+    try:
+        return _grid(raw, path)
+    except BadInput as error:
+        raise BadInput(f"{path}: {error}") from None
+
+
+def _grid(raw: Any, path: Path) -> Grid:
+    if not isinstance(raw, dict):
+        raise BadInput("expected fields such as corpus, model, train")
+    name = raw.get("name", path.stem)
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
+        raise BadInput(f"name: {name!r}: letters, digits, dot, dash and underscore only")
+    base = {str(key): value for key, value in raw.items() if key not in ("name", "trials")}
+    axes = [axis for axis, _ in _axes(base)]
+    trials: dict[str, dict[str, Any]] = {}
+    notices: dict[str, None] = {}
+    identify = functools.cache(lambda key: corpus.identity(*json.loads(key)))  # reads all text
+    for cell in _cells(base, raw.get("trials", []), axes):
+        trial = _trial(cell, axes, path.parent, identify)
+        if reason := _impossible(trial):
+            notices[reason] = None
+        elif trial["id"] in trials:
+            raise BadInput(f"{trial['name']}: stands twice in the grid; give each trial once")
+        else:
+            trials[trial["id"]] = trial
+    if not trials:
+        raise BadInput("no trial is left: " + "; ".join(notices))
+    return Grid(name, raw, list(trials.values()), list(notices))
+
+
+def _axes(tree: dict[str, Any], prefix: tuple[str, ...] = ()) -> Iterator[tuple[Any, list[Any]]]:
+    """(path, values) of every list in the tree."""
+    for key, value in tree.items():
+        at = (*prefix, str(key))
+        if isinstance(value, dict):
+            yield from _axes(value, at)
+        elif isinstance(value, list):
+            if not value:
+                raise BadInput(f"{'.'.join(at)}: an empty list; an axis needs a value")
+            yield at, value
+
+
+def _product(tree: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    axes = list(_axes(tree))
+    for values in itertools.product(*(v for _, v in axes)):
+        cell = tree
+        for (path, _), value in zip(axes, values, strict=True):
+            cell = _with(cell, path, value)
+        yield cell
+
+
+def _with(tree: dict[str, Any], path: tuple[str, ...], value: Any) -> dict[str, Any]:
+    inner = value if len(path) == 1 else _with(tree[path[0]], path[1:], value)
+    return {**tree, path[0]: inner}
+
+
+def _at(tree: Any, path: tuple[str, ...]) -> Any:
+    for key in path:
+        tree = tree.get(key) if isinstance(tree, dict) else None
+    return tree
+
+
+def _merge(under: Any, over: Any) -> Any:
+    if isinstance(under, dict) and isinstance(over, dict):
+        return {k: _merge(under.get(k), over[k]) if k in over else under[k] for k in under | over}
+    return over
+
+
+def _cells(base: dict[str, Any], entries: Any, axes: list[tuple[str, ...]]) -> list[dict[str, Any]]:
+    if not isinstance(entries, list) or not all(isinstance(e, dict) for e in entries):
+        raise BadInput("trials: expected a list of cells, each with fields such as model, head")
+    product, added = list(_product(base)), []
+    for entry in entries:
+        new = list(_product(_merge(base, entry)))
+        named = [[_at(cell, axis) for axis in axes] for cell in new]
+        product = [c for c in product if [_at(c, axis) for axis in axes] not in named]
+        added += new
+    return product + added
+
+
+def _trial(
+    cell: dict[str, Any],
+    axes: list[tuple[str, ...]],
+    folder: Path,
+    identify: Callable[[str], dict[str, Any]],
+) -> dict[str, Any]:
+    """A cell as plain values: validated, defaults filled in, paths absolute, named."""
+    try:
+        trial = schema.Trial.model_validate(cell).model_dump()
+    except ValidationError as error:
+        raise BadInput(schema.explain(error)) from None
+    if isinstance(trial["tokenizer"], dict):
+        trial["tokenizer"] = trial["tokenizer"]["train_bpe"]
+    for section, name in (
+        (trial["corpus"], "files"),
+        (trial["corpus"], "hub"),
+        (trial["model"], "config"),
+        (trial, "tokenizer"),
+    ):
+        value = section[name]
+        # A path is relative to its grid file, whatever directory a worker runs in.
+        if isinstance(value, str) and "://" not in value:
+            path = (folder / value).resolve()
+            section[name] = str(path) if name == "files" or path.exists() else value
+    size = trial["model"]["size"]
+    if trial["train"]["lr"] is None:
+        if size is None:
+            raise BadInput("train.lr: missing; only sizes of the ladder have one by default")
+        trial["train"]["lr"] = backbones.LADDER[size].lr
+    if size and trial["model"]["residual"] is None:
+        trial["model"]["residual"] = "parallel"
+    named = {("model",), ("model", "size"), ("model", "config"), ("head", "rank"), ("seed",)}
+    more = [f"{axis[-1]}={_at(cell, axis)}" for axis in axes if axis not in named]
+    model, rank = size or Path(trial["model"]["config"]).name, trial["head"]["rank"] or "full"
+    trial["name"] = " ".join([model, f"r={rank}", f"s={trial['seed']}", *more])
+    trial["text"] = identify(json.dumps([trial["corpus"], trial["tokenizer"]]))
+    return {"id": _id(trial), **trial}
+
+
+def _id(trial: dict[str, Any]) -> str:
+    """A hash of what changes the result: not names, paths, hardware, or how often it is saved."""
+    config = trial["model"]["config"]
+    facts = {
+        "recipe": RECIPE,
+        "model": {**trial["model"], "config": config and backbones.fingerprint(config)},
+        **{key: trial[key] for key in ("kind", "text", "head", "seed", "train", "probes")},
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _impossible(trial: dict[str, Any]) -> str | None:
+    """Why a cell of the product makes no model, or None."""
+    rank, d = trial["head"]["rank"], backbones.width(trial["model"])
+    if rank is None:
+        return None
+    if trial["model"]["tied"]:
+        return f"rank {rank} left out where model.tied: a tied head is full"
+    if rank > d:
+        return f"rank {rank} left out at d = {d}: no head has a rank above d"
+    return None

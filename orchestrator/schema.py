@@ -1,0 +1,225 @@
+"""The fields of a grid file: what each means, its default, and what it may be."""
+
+import difflib
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from trainables import backbones
+
+
+def _number(value: Any) -> Any:
+    """YAML reads 4e5 and 1e-3 as text."""
+    if isinstance(value, bool):
+        raise ValueError("expected a number, not a yes or no")
+    if isinstance(value, str):
+        try:
+            value = float(value)
+        except ValueError:
+            raise ValueError("expected a number") from None
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Integer = Annotated[int, BeforeValidator(_number)]
+Positive = Annotated[Integer, Field(ge=1)]
+Real = Annotated[float, BeforeValidator(_number), Field(ge=0, allow_inf_nan=False)]
+Share = Annotated[Real, Field(le=1)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class Source(_Section):
+    """The text: exactly one of package, files, hub."""
+
+    package: str | None = None
+    """Text that ships inside an installed Python package: its .txt files."""
+    files: str | None = None
+    """A path, glob or fsspec URL of .txt (one document a file), .jsonl or .parquet (one a row)."""
+    hub: str | None = None
+    """A dataset by its Hugging Face name, or a local dataset directory; read as a stream."""
+    config: str | None = None
+    """The hub dataset's configuration."""
+    split: str = "train"
+    """The hub dataset's split to read."""
+    text: str = "text"
+    """The column that holds the text."""
+    date: str | None = None
+    """The column that holds an ISO date; .txt files may begin their names with one."""
+    documents: Positive | None = None
+    """Read at most so many documents."""
+    held_out: Annotated[Share, Field(gt=0, lt=1)] = 0.1
+    """Share of the text that is never trained on."""
+    held_out_by: Literal["document", "date"] = "document"
+    """Hold out documents by the hash of their text, or the latest ones."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "Source":
+        if sum(s is not None for s in (self.package, self.files, self.hub)) != 1:
+            raise ValueError("give exactly one of package, files, hub")
+        return self
+
+
+class Bpe(_Section):
+    """A tokenizer made for the corpus."""
+
+    train_bpe: Annotated[Positive, Field(ge=257)]
+    """Entries of a byte-level BPE trained on the training text (bytes and one end mark: 257)."""
+
+
+class Model(_Section):
+    """The backbone: size or config."""
+
+    size: str | None = None
+    """A size of the ladder: nano-4 to nano-256, pythia-14m to pythia-12b."""
+    config: str | None = None
+    """Any causal language model of transformers: a hub name, or a config.json, or its folder."""
+    residual: Literal["parallel", "sequential"] | None = None
+    """Attention and MLP side by side, as in Pythia (the default there), or one after the other."""
+    tied: bool = False
+    """Share the weights of input embedding and head (a full head only)."""
+
+    @model_validator(mode="after")
+    def _one_model(self) -> "Model":
+        if (self.size is None) == (self.config is None):
+            raise ValueError("give exactly one of size, config")
+        if self.size and self.size not in backbones.LADDER:
+            raise ValueError(_unknown("size", self.size, backbones.LADDER))
+        return self
+
+
+class Head(_Section):
+    """The softmax head."""
+
+    rank: Annotated[Positive | None, BeforeValidator(lambda r: None if r == "full" else r)] = None
+    """r of W = A B (A: V x r, B: r x d), or full."""
+
+
+class Train(_Section):
+    """How the trial is trained: AdamW, betas 0.9 and 0.95, eps 1e-8."""
+
+    tokens: Positive
+    """To train on; rounded down to whole steps."""
+    batch: Positive = 16
+    """Sequences a step, over all workers."""
+    sequence: Annotated[Positive, Field(ge=2)] = 128
+    """Tokens a sequence."""
+    lr: Annotated[Real, Field(gt=0)] | None = None
+    """Peak learning rate; by default that of the model's size."""
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    """After the warm-up: cosine decay, constant with a linear cool-down, or constant."""
+    warmup: Share = 0.01
+    """Share of the run over which the rate rises."""
+    cooldown: Share = 0.2
+    """Share of the run over which wsd cools down."""
+    final_lr: Share = 0.1
+    """The last learning rate, as a share of the peak."""
+    weight_decay: Real = 0.1
+    """On matrices; not on norms and biases."""
+    clip: Real = 1.0
+    """Norm to which the gradient is clipped; 0: not at all."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Of weights and activations; optimiser and loss are fp32."""
+
+    @model_validator(mode="after")
+    def _one_step(self) -> "Train":
+        if self.tokens < self.batch * self.sequence:
+            raise ValueError(
+                f"tokens: {self.tokens} is less than one step of batch x sequence = "
+                f"{self.batch} x {self.sequence}"
+            )
+        return self
+
+
+class DeepSpeed(_Section):
+    """How the engine holds the model; changes cost, not results."""
+
+    stage: Annotated[Integer, Field(ge=0, le=3)] = 0
+    """Of ZeRO."""
+    micro_batch: Positive | None = None
+    """Sequences a worker holds at once; by default its share of the batch."""
+
+
+class Resources(_Section):
+    """Of one trial."""
+
+    cpus: Positive = 1
+    """Cores, and threads."""
+    gpus: Real = 0
+    """GPUs; a fraction shares one."""
+
+
+class Probes(_Section):
+    """What is measured along training, at steps equally apart in their logarithm."""
+
+    count: Annotated[Integer, Field(ge=1)] = 8
+    """How often, first and last step included."""
+    tokens: Positive = 8192
+    """Held-out tokens at each, and as many seen ones."""
+    final_tokens: Positive = 65536
+    """Held-out tokens at the end."""
+
+
+class Trial(_Section):
+    """One cell of a grid."""
+
+    kind: Literal["pretrain"] = "pretrain"
+    """pretrain: from scratch."""
+    corpus: Source
+    """The text."""
+    tokenizer: Bpe | str
+    """{train_bpe: N}, a local tokenizer.json (or its folder), or a hub name."""
+    model: Model
+    """The backbone."""
+    head: Head = Head()
+    """The softmax head."""
+    seed: Annotated[Integer, Field(ge=0, lt=2**32)] = 0
+    """Of weights and of the order of the text."""
+    train: Train
+    """How it is trained."""
+    deepspeed: DeepSpeed = DeepSpeed()
+    """How the engine holds the model."""
+    resources: Resources = Resources()
+    """What one trial is given."""
+    probes: Probes = Probes()
+    """What is measured."""
+    checkpoints: Positive = 4
+    """How many times a run is saved, evenly apart."""
+
+
+_SECTIONS: dict[str, type[BaseModel]] = {
+    "corpus": Source,
+    "tokenizer": Bpe,
+    "model": Model,
+    "head": Head,
+    "train": Train,
+    "deepspeed": DeepSpeed,
+    "resources": Resources,
+    "probes": Probes,
+}
+
+
+def explain(error: ValidationError) -> str:
+    """The first thing that is wrong, in one line: field, and what would be right."""
+    errors = sorted(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
+    path = [str(part) for part in errors[0]["loc"] if part not in ("Bpe", "str")]
+    where, kind, given = ".".join(path), errors[0]["type"], errors[0]["input"]
+    if kind == "extra_forbidden":
+        section: type[BaseModel] = _SECTIONS[path[0]] if len(path) > 1 else Trial
+        return f"{where}: " + _unknown("field", path[-1], section.model_fields)
+    if kind == "missing":
+        return f"{where}: missing"
+    if path == ["tokenizer"]:
+        return f"tokenizer: expected {{train_bpe: N}}, a file or a hub name, not {given!r}"
+    if kind == "model_type":
+        fields = ", ".join(_SECTIONS[path[0]].model_fields)
+        return f"{where}: expected fields ({fields}), not {given!r}"
+    message = errors[0]["msg"].removeprefix("Value error, ")
+    return f"{where}: {message}" + ("" if isinstance(given, dict) else f", not {given!r}")
+
+
+def _unknown(what: str, name: str, known: Any) -> str:
+    near = difflib.get_close_matches(name, known, 1)
+    hint = f"did you mean {near[0]!r}?" if near else "known are " + ", ".join(known)
+    return f"unknown {what} {name!r}; {hint}"

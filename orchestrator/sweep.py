@@ -1,0 +1,359 @@
+"""Run a grid: the only module that knows Ray.
+
+Ray Tune decides what runs where; the ledger decides what runs at all. Workers write records and
+checkpoints themselves, so the driver may die at any time.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import signal
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import ray
+import yaml
+from ray import tune
+
+from analysis import atomic, figures, records, tables
+from analysis.errors import BadInput
+from orchestrator import ledger, plan, tracking
+from orchestrator.grid import Grid
+from trainables import corpus, schedule
+
+RETRIES = 2  # of a trial whose worker raised or was killed
+
+
+class Watcher(Protocol):
+    """Whoever looks on."""
+
+    def preparing(self, what: str, count: int = 0) -> None: ...
+    def started(self, costs: list[plan.Cost], statuses: dict[str, str]) -> None: ...
+    def running(self, trial: str) -> None: ...
+    def progress(self, trial: str, step: int, steps: int) -> None: ...
+    def ended(self, trial: str, status: str, error: str | None) -> None: ...
+    def stopping(self) -> None: ...
+
+
+def run(
+    grid: Grid, out: Path, tracking_uri: str | None, cache: Path, watcher: Watcher
+) -> dict[str, dict[str, Any]]:
+    """Train what is not finished yet; the ledger's entries, by trial id.
+
+    Raises BadInput before anything is started or written where the grid cannot run here.
+    """
+    sweep = out.resolve() / grid.name
+    _check_same(grid, sweep)
+    plan.plan(grid, cache)
+    _check_text(grid, cache, watcher)
+    costs = plan.plan(grid, cache)  # again: the epochs are known now
+    try:
+        sweep.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInput(f"--out: cannot write to {out}: {error.strerror}") from None
+    with ledger.driving(sweep):
+        _keep(grid, costs, sweep)
+        watcher.preparing("opening MLflow")
+        uri = tracking_uri or tracking.default_uri(out)
+        tracker = tracking.Tracker(uri, sweep, grid.name)
+        tracker.describe(_note(grid, sweep))
+        driver = _Driver(grid, sweep, tracker, watcher)
+        watcher.started(costs.costs, {i: e["status"] for i, e in driver.entries.items()})
+        try:
+            if driver.pending:
+                _tune(driver, cache)
+        finally:
+            _show(sweep, tracker)
+            tracker.close(driver.all_finished)
+        return driver.entries
+
+
+def _check_same(grid: Grid, sweep: Path) -> None:
+    try:
+        before = json.loads((sweep / "plan.json").read_text())
+    except FileNotFoundError:
+        return
+    if {t["id"] for t in before["trials"]} == {t["id"] for t in grid.trials}:
+        return
+    old, new = dict(tracking.flat(before["grid"])), dict(tracking.flat(grid.raw))
+    changes = [
+        f"{k} was {old.get(k)}, is {new.get(k)}" for k in old | new if old.get(k) != new.get(k)
+    ]
+    what = "; ".join(changes) or "the text, a file that the grid names, or lmsat itself"
+    raise BadInput(f"{sweep} holds another grid of this name ({what}); give the new one a new name")
+
+
+def _check_text(grid: Grid, cache: Path, watcher: Watcher) -> None:
+    """Tokenise every corpus of the grid, and refuse one too short to train or to judge on."""
+    for trial in grid.trials:
+        text = corpus.prepare(
+            trial["corpus"], trial["tokenizer"], trial["text"], cache, watcher.preparing
+        )
+        t = trial["train"]
+        for split, blocks in (("train", t["batch"]), ("held_out", 3)):
+            if corpus.blocks(text.shard(split), t["sequence"]) < blocks:
+                raise BadInput(
+                    f"corpus: its {split} part has {text.tokens[split]} tokens, fewer than "
+                    f"{blocks} sequences of {t['sequence']}"
+                )
+
+
+def _keep(grid: Grid, costs: plan.Plan, sweep: Path) -> None:
+    kept = {"grid": grid.raw, "trials": [dataclasses.asdict(c) for c in costs.costs]}
+    atomic.write_text(sweep / "plan.json", json.dumps(kept, indent=1))
+    atomic.write_text(sweep / "grid.yaml", yaml.safe_dump(grid.raw, sort_keys=False))
+
+
+def _note(grid: Grid, sweep: Path) -> str:
+    return (
+        f"{len(grid.trials)} trials of grid `{grid.name}`, in `{sweep}`.\n\n"
+        f"Go on after a stop: `lmsat sweep --grid {sweep / 'grid.yaml'} --out {sweep.parent}`"
+    )
+
+
+def _show(sweep: Path, tracker: tracking.Tracker) -> None:
+    table = tables.final_losses(sweep)
+    if table.height:
+        tracker.artifact(figures.loss_vs_rank(table, sweep / "report" / "loss_vs_rank.png"))
+
+
+class _Driver:
+    """What the driver knows: it writes the ledger and MLflow, and tells the watcher."""
+
+    def __init__(
+        self, grid: Grid, sweep: Path, tracker: tracking.Tracker, watcher: Watcher
+    ) -> None:
+        self.sweep, self.tracker, self.watcher = sweep, tracker, watcher
+        self.active: set[str] = set()
+        known = ledger.read(sweep)
+        self.entries = {}
+        for trial in grid.trials:
+            entry = {"status": "waiting", "step": 0, "run": None, **known.get(trial["id"], {})}
+            if entry["status"] not in ledger.FINISHED:
+                entry |= {"status": "waiting", "error": None}
+            if entry.get("store") != tracker.uri:
+                entry |= {"store": tracker.uri, "run": None, "tracked": False}
+            # The grid may give old trials new hardware.
+            t = trial["train"]
+            steps = schedule.steps(t["tokens"], t["batch"], t["sequence"])
+            fixed = {"id": trial["id"], "steps": steps, "trial": trial}
+            self.entries[trial["id"]] = {**entry, **fixed}
+        for entry in self.entries.values():
+            if not entry.get("tracked") and (entry["run"] or entry["status"] in ledger.FINISHED):
+                self._track(entry)
+            ledger.write(sweep, entry)
+
+    @property
+    def pending(self) -> list[str]:
+        return [i for i, e in self.entries.items() if e["status"] not in ledger.FINISHED]
+
+    @property
+    def all_finished(self) -> bool:
+        return not self.pending
+
+    def on_start(self, id: str) -> None:
+        entry = self.entries[id]
+        self.active.add(id)
+        if not entry["run"]:
+            entry["run"] = self.tracker.child(entry["trial"])
+        self._set(id, status="running", error=None)
+        self.watcher.running(id)
+
+    def on_result(self, id: str, result: dict[str, Any]) -> None:
+        entry = self.entries[id]
+        self.tracker.log(entry["run"], result["rows"])
+        self.watcher.progress(id, result["step"], result["steps"])
+        if time.time() - entry["updated"] > 2:
+            self._set(id, step=result["step"])
+
+    def on_end(self, id: str, error: str | None = None) -> None:
+        self.active.discard(id)
+        outcome = ledger.outcome(self.sweep, id)
+        if outcome:
+            self._set(id, **outcome)
+        else:
+            self._set(id, status="failed" if error else "stopped", error=error)
+        entry = self.entries[id]
+        if entry["status"] == "failed":
+            self._record_failure(entry)
+        self._track(entry)
+        ledger.write(self.sweep, entry)
+        self.watcher.ended(id, entry["status"], error)
+
+    def _set(self, id: str, **news: Any) -> None:
+        self.entries[id] = ledger.write(self.sweep, {**self.entries[id], **news})
+
+    def _track(self, entry: dict[str, Any]) -> None:
+        """Bring MLflow up to the records, and, where the trial has ended, to its end."""
+        if entry["run"]:
+            self.tracker.resume(entry["run"])
+        else:
+            entry["run"] = self.tracker.child(entry["trial"])
+        rows = records.scan(self.sweep, "scalars", entry["id"]).collect().iter_rows(named=True)
+        self.tracker.log(entry["run"], rows)
+        if entry["status"] == "waiting":
+            return
+        described = records.scan(self.sweep, "trials", entry["id"]).collect().to_dicts()
+        self.tracker.tag(
+            entry["run"], {**(described[0] if described else {}), "status": entry["status"]}
+        )
+        if entry["status"] in ledger.FINISHED:
+            spectra = self.sweep / "report" / "spectra" / f"{entry['id']}.parquet"
+            frame = records.scan(self.sweep, "spectra", entry["id"]).collect()
+            atomic.write(spectra, frame.write_parquet)
+            self.tracker.artifact(spectra, entry["run"], "spectra")
+            entry["tracked"] = True
+        self.tracker.finish(entry["run"], entry["status"])
+
+    def _record_failure(self, entry: dict[str, Any]) -> None:
+        rows = records.scan(self.sweep, "trials", entry["id"]).collect().to_dicts()
+        for row in rows:
+            records.write(
+                self.sweep, "trials", entry["id"], row["step"], [{**row, "status": "failed"}]
+            )
+
+
+def _tune(driver: _Driver, cache: Path) -> None:
+    """Run the pending trials to their end, or until the user asks to stop."""
+    os.environ.update(
+        TUNE_DISABLE_AUTO_CALLBACK_LOGGERS="1",
+        TUNE_DISABLE_SIGINT_HANDLER="1",
+        TUNE_GLOBAL_CHECKPOINT_S="86400",  # its own state is of no use to us
+        RAY_AIR_NEW_OUTPUT="0",
+        RAY_worker_niceness="0",  # workers at Ray's 15 starve beside anything else
+    )
+    trials = {i: driver.entries[i]["trial"] for i in driver.pending}
+    stop_file = driver.sweep / "stop"
+    stop_file.unlink(missing_ok=True)
+
+    def resources(config: dict[str, Any]) -> tune.PlacementGroupFactory:
+        wanted = trials[config["trial"]]["resources"]
+        return tune.PlacementGroupFactory([{"CPU": wanted["cpus"], "GPU": wanted["gpus"]}])
+
+    with (
+        tempfile.TemporaryDirectory(prefix="lmsat-") as neutral,
+        # Ray puts the driver's directory first on its workers' path: a user's own folder named
+        # `analysis` there would be taken for ours.
+        contextlib.chdir(neutral),
+        _stop_on_signal(stop_file, driver.watcher),
+    ):
+        started_here = not ray.is_initialized()
+        if started_here:
+            driver.watcher.preparing("starting Ray")
+            ray.init(
+                num_cpus=plan.cores(),
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level="ERROR",
+                configure_logging=True,
+            )
+        try:
+            tune.Tuner(
+                tune.with_resources(_work, resources),
+                param_space={
+                    "trial": tune.grid_search(list(trials)),
+                    "sweep": str(driver.sweep),
+                    "cache": str(cache.resolve()),
+                },
+                tune_config=tune.TuneConfig(
+                    # A destroyed ZeRO-3 engine is not freed.
+                    reuse_actors=all(t["deepspeed"]["stage"] < 3 for t in trials.values()),
+                    trial_dirname_creator=lambda trial: trial.config["trial"],
+                ),
+                run_config=tune.RunConfig(
+                    name="tune",
+                    storage_path=neutral,
+                    callbacks=[_Callback(driver)],
+                    stop=_Stopper(driver, stop_file),
+                    failure_config=tune.FailureConfig(max_failures=RETRIES),
+                    verbose=0,
+                ),
+            ).fit()
+        finally:
+            if started_here:
+                ray.shutdown()
+
+
+class _ForThisProcess:
+    """Tune pickles what it is given, to restore it one day; we never do."""
+
+    def __reduce__(self) -> Any:
+        return (object, ())
+
+
+class _Callback(_ForThisProcess, tune.Callback):  # type: ignore[misc]
+    """Tells the driver what Tune says."""
+
+    def __init__(self, driver: _Driver) -> None:
+        self.driver = driver
+
+    def on_trial_start(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+        self.driver.on_start(trial.config["trial"])
+
+    def on_trial_result(
+        self, iteration: int, trials: Any, trial: Any, result: Any, **info: Any
+    ) -> None:
+        self.driver.on_result(trial.config["trial"], result)
+
+    def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+        self.driver.on_end(trial.config["trial"])
+
+    def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+        self.driver.on_end(trial.config["trial"], _last_line(trial.error_file))
+
+
+class _Stopper(_ForThisProcess, tune.Stopper):  # type: ignore[misc]
+    """Ends the sweep once the user has asked for it and every running trial has saved itself."""
+
+    def __init__(self, driver: _Driver, stop_file: Path) -> None:
+        self.driver, self.stop_file = driver, stop_file
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        return False
+
+    def stop_all(self) -> bool:
+        return self.stop_file.exists() and not self.driver.active
+
+
+def _work(config: dict[str, Any]) -> None:
+    """One trial, in a Ray worker."""
+    from trainables import pretrain
+
+    sweep, id = Path(config["sweep"]), config["trial"]
+    trial = ledger.entry(sweep, id)["trial"]
+    outcome = pretrain.train(
+        trial, sweep, Path(config["cache"]), tune.report, (sweep / "stop").exists
+    )
+    if outcome.status in ledger.FINISHED:
+        ledger.conclude(sweep, id, outcome.status, outcome.step)
+
+
+@contextlib.contextmanager
+def _stop_on_signal(stop_file: Path, watcher: Watcher) -> Iterator[None]:
+    """On the first Ctrl-C or SIGTERM, ask all trials to save and stop; on the second, give up."""
+
+    def ask(number: int, frame: Any) -> None:
+        if stop_file.exists():
+            raise KeyboardInterrupt
+        stop_file.touch()
+        watcher.stopping()
+
+    before = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _last_line(error_file: str | None) -> str:
+    """Of the worker's traceback: what went wrong."""
+    try:
+        lines = [line for line in Path(error_file or "").read_text().splitlines() if line.strip()]
+    except OSError:
+        lines = []
+    return lines[-1].strip() if lines else "its worker died"

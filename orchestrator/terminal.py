@@ -1,0 +1,283 @@
+"""What the user sees: tables, progress, one line for what is wrong. Progress goes to stderr."""
+
+import json
+import math
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from analysis import tables
+from orchestrator import ledger, tracking
+from orchestrator.plan import Cost, Plan
+
+EVERY = 10.0  # seconds between lines where there is no terminal
+
+
+def print_json(value: Any) -> None:
+    """To stdout; NaN and infinity as null, which JSON lacks."""
+    print(json.dumps(_finite(value), indent=1, allow_nan=False))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def print_table(headers: Sequence[str], rows: Iterable[Sequence[str]], title: str = "") -> None:
+    """To stdout, the first column to the left and the others to the right."""
+    table = Table(box=None, title=title or None, title_justify="left", pad_edge=False)
+    for i, header in enumerate(headers):
+        table.add_column(header, justify="left" if i == 0 else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    console = Console()
+    if not console.is_terminal:  # a pipe has no width: never fold a row
+        console.width = 200
+    console.print(table)
+
+
+def short(value: float | None, unit: str = "") -> str:
+    """1.2k, 3.4M, 5.6G, ...; a dash for nothing."""
+    if value is None:
+        return "-"
+    for scale, letter in (
+        (1e18, "E"),
+        (1e15, "P"),
+        (1e12, "T"),
+        (1e9, "G"),
+        (1e6, "M"),
+        (1e3, "k"),
+    ):
+        if abs(value) >= scale:
+            return f"{value / scale:.3g}{letter}{unit}"
+    return f"{value:.3g}{unit}"
+
+
+def duration(seconds: float) -> str:
+    """42 s, 3 min 20 s, 5 h 12 min, 4 d 6 h."""
+    seconds = round(seconds)
+    for size, unit, next_size, next_unit in (
+        (86400, "d", 3600, "h"),
+        (3600, "h", 60, "min"),
+        (60, "min", 1, "s"),
+    ):
+        if seconds >= size:
+            return f"{seconds // size} {unit} {seconds % size // next_size} {next_unit}"
+    return f"{seconds} s"
+
+
+def print_plan(plan: Plan, notices: list[str], as_json: bool) -> None:
+    if as_json:
+        trials = [asdict(cost) for cost in plan.costs]
+        print_json(
+            {"trials": trials, "at_once": plan.at_once, "hours": plan.hours, "notices": notices}
+        )
+        return
+    for notice in notices:
+        print(f"note: {notice}")
+    headers = ("trial", "id", "N", "N-emb", "tokens", "epochs", "FLOPs", "memory", "time")
+    rows = [
+        (
+            c.name,
+            c.id,
+            short(c.params),
+            short(c.params_without_embeddings),
+            short(c.tokens),
+            short(c.epochs),
+            short(c.flops),
+            short(c.memory, "B"),
+            duration(c.seconds),
+        )
+        for c in plan.costs
+    ]
+    flops, tokens = sum(c.flops for c in plan.costs), sum(c.tokens for c in plan.costs)
+    seconds = sum(c.seconds for c in plan.costs)
+    total = (
+        f"{len(rows)} trials",
+        "",
+        "",
+        "",
+        short(tokens),
+        "",
+        short(flops),
+        "",
+        duration(seconds),
+    )
+    print_table(headers, [*rows, total])
+    print(
+        f"\n{plan.at_once} at once here: about {duration(plan.hours * 3600)} "
+        "(estimates; within a factor of two on a CPU)"
+    )
+
+
+class Progress:
+    """One live line while a sweep runs; a plain line now and then where there is no terminal."""
+
+    def __init__(self, quiet: bool = False) -> None:
+        self.console = Console(stderr=True, quiet=quiet)
+        self.live = Live("", console=self.console, transient=True, refresh_per_second=4)
+        self.costs: dict[str, Cost] = {}
+        self.status: dict[str, str] = {}
+        self.done: dict[str, float] = {}  # share of each trial
+        self.began = self.said = time.monotonic()
+        self.share_at_start = 0.0
+        self.first: dict[str, tuple[float, float]] = {}  # when each running trial was first heard
+
+    def __enter__(self) -> "Progress":
+        if self.console.is_terminal:
+            self.live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.live.stop()
+
+    def preparing(self, what: str, count: int = 0) -> None:
+        line = f"{what}: {count} documents" if count else f"{what} ..."
+        if self.console.is_terminal:
+            self.live.update(line, refresh=True)
+        elif not count or time.monotonic() - self.said > EVERY:
+            self.console.print(line, highlight=False)
+            self.said = time.monotonic()
+
+    def started(self, costs: list[Cost], statuses: dict[str, str]) -> None:
+        self.costs, self.status = {c.id: c for c in costs}, statuses
+        self.done = {i: float(s in ("done", "diverged")) for i, s in statuses.items()}
+        self.began, self.share_at_start = time.monotonic(), self._share()
+        if finished := sum(d == 1 for d in self.done.values()):
+            self.console.print(
+                f"{finished} of {len(costs)} trials are finished already", highlight=False
+            )
+
+    def running(self, trial: str) -> None:
+        self.status[trial] = "running"
+        self._show()
+
+    def progress(self, trial: str, step: int, steps: int) -> None:
+        self.done[trial] = step / steps
+        self.first.setdefault(trial, (time.monotonic(), self.done[trial]))
+        self._show()
+
+    def ended(self, trial: str, status: str, error: str | None) -> None:
+        self.status[trial] = status
+        self.first.pop(trial, None)
+        if status in ("done", "diverged"):
+            self.done[trial] = 1.0
+        if status in ("diverged", "failed"):
+            reason = f": {error}" if error else ""
+            self.console.print(f"{self.costs[trial].name} {status}{reason}", highlight=False)
+        self._show(always=True)
+
+    def stopping(self) -> None:
+        self.console.print(
+            "stopping: running trials are being saved; again to stop at once", highlight=False
+        )
+
+    def _share(self) -> float:
+        """Of all the work, by estimated time."""
+        total = sum(c.seconds for c in self.costs.values())
+        return sum(c.seconds * self.done[i] for i, c in self.costs.items()) / total
+
+    def _show(self, always: bool = False) -> None:
+        if self.console.is_terminal:
+            self.live.update(self._line())
+        elif always or time.monotonic() - self.said > EVERY:
+            self.console.print(self._line(), highlight=False)
+            self.said = time.monotonic()
+
+    def _line(self) -> str:
+        count = {s: sum(x == s for x in self.status.values()) for s in set(self.status.values())}
+        parts = [f"{count.get(s, 0)} {s}" for s in ("done", "running", "waiting")]
+        parts += [f"{n} {s}" for s, n in count.items() if s in ("diverged", "failed", "stopped")]
+        now, rate = time.monotonic(), 0.0
+        for trial, (since, share) in self.first.items():
+            if now > since:
+                rate += self.costs[trial].tokens * (self.done[trial] - share) / (now - since)
+        parts.append(f"{short(rate)} tokens/s" if rate else "starting")
+        gained = self._share() - self.share_at_start
+        if gained > 0.01:
+            left = (now - self.began) * (1 - self._share()) / gained
+            parts.append(f"{duration(left)} left")
+        return " · ".join(parts)
+
+
+def print_losses(sweep: Path, as_json: bool) -> None:
+    """Held-out loss by size and rank."""
+    losses = tables.final_losses(sweep)
+    if as_json:
+        print_json({"sweep": str(sweep), "trials": losses.to_dicts()})
+        return
+    if losses.is_empty():
+        print("no trial is finished yet")
+        return
+    ranks = sorted(losses["rank"].unique().to_list(), key=lambda r: (r is None, r))
+    rows: dict[str, dict[int | None, str]] = {}
+    for trial in losses.iter_rows(named=True):
+        line = rows.setdefault(f"{trial['series']} s={trial['seed']}", {})
+        line[trial["rank"]] = f"{trial['loss']:.3f} ± {trial['stderr']:.3f}"
+    print_table(
+        ["", *(f"r = {r}" if r else "full" for r in ranks)],
+        [[name, *(line.get(r, "") for r in ranks)] for name, line in rows.items()],
+        title="Held-out loss, nats per token ± standard error over blocks",
+    )
+    print(f"unigram cross-entropy of the same text: {tables.unigram_loss(losses):.3f}")
+
+
+def print_next(sweep: Path, out: Path, tracking_uri: str | None) -> None:
+    """Where everything lies, and what to try."""
+    option = "" if out == Path("runs") else f" --out {out}"
+    print(
+        f"""
+figure    {sweep / "report" / "loss_vs_rank.png"}
+records   {sweep / "records"}
+MLflow    {tracking_uri or tracking.default_uri(out)}
+
+next      lmsat ui{option}{"" if option else "                 "}      browse the runs
+          lmsat status {sweep.name}{option}      every trial
+          lmsat plan --grid {sweep / "grid.yaml"}      what it cost"""
+    )
+
+
+def print_status(sweep: Path, as_json: bool) -> None:
+    """Every trial of a sweep, and how far it is."""
+    latest = tables.latest(sweep)
+    rows = [
+        {
+            "trial": entry["trial"]["name"],
+            "id": id,
+            "status": entry["status"],
+            "step": entry["step"],
+            "steps": entry["steps"],
+            "loss": latest.get(id, {}).get("loss"),
+            "tokens_per_second": latest.get(id, {}).get("tokens_per_second"),
+            "error": entry.get("error"),
+        }
+        for id, entry in ledger.read(sweep).items()
+    ]
+    if as_json:
+        print_json({"sweep": str(sweep), "trials": rows})
+        return
+    headers = ("trial", "id", "status", "step", "held-out loss", "tokens/s")
+    table = [
+        (
+            row["trial"],
+            row["id"],
+            row["status"],
+            f"{row['step']}/{row['steps']}",
+            "-" if row["loss"] is None else f"{row['loss']:.3f}",
+            short(row["tokens_per_second"]),
+        )
+        for row in rows
+    ]
+    print_table(headers, table)
+    for row in rows:
+        if row["error"]:
+            print(f"{row['trial']} {row['status']}: {row['error']}")

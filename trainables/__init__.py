@@ -1,0 +1,1 @@
+"""What one trial does: text and a size go in, records and weights come out. Knows no Ray."""

@@ -1,0 +1,153 @@
+"""The size ladder: Pythia 14M to 12B (Biderman et al. 2023) and nano sizes for a laptop; and any
+Hugging Face causal language model by its configuration.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from analysis.errors import BadInput
+
+
+class Size(NamedTuple):
+    """The shape of a GPT-NeoX model, and the peak learning rate it trains well at."""
+
+    d: int
+    layers: int
+    heads: int
+    lr: float
+    vocabulary: int = 50304  # of the published model
+    rotary: float = 0.25  # share of each head's dimensions that carry the position
+
+
+# Learning rates: nano sizes from a search on State of the Union text (docs/LOG.md), the others
+# as published.
+LADDER = {
+    "nano-4": Size(4, 2, 1, 1e-2, rotary=1.0),
+    "nano-8": Size(8, 2, 1, 1e-2, rotary=1.0),
+    "nano-16": Size(16, 2, 1, 1e-2, rotary=1.0),
+    "nano-32": Size(32, 2, 2, 1e-2, rotary=1.0),
+    "nano-64": Size(64, 2, 4, 1e-2, rotary=1.0),
+    "nano-128": Size(128, 2, 8, 1e-2, rotary=1.0),
+    "nano-256": Size(256, 4, 8, 3e-3, rotary=1.0),
+    "pythia-14m": Size(128, 6, 4, 1e-3),
+    "pythia-31m": Size(256, 6, 8, 1e-3),
+    "pythia-70m": Size(512, 6, 8, 1e-3),
+    "pythia-160m": Size(768, 12, 12, 6e-4),
+    "pythia-410m": Size(1024, 24, 16, 3e-4),
+    "pythia-1b": Size(2048, 16, 8, 3e-4),
+    "pythia-1.4b": Size(2048, 24, 16, 2e-4),
+    "pythia-2.8b": Size(2560, 32, 32, 1.6e-4),
+    "pythia-6.9b": Size(4096, 32, 32, 1.2e-4, vocabulary=50432),
+    "pythia-12b": Size(5120, 36, 40, 1.2e-4, vocabulary=50688),
+}
+
+
+def configuration(model: dict[str, Any], vocabulary: int, sequence: int) -> Any:
+    """The transformers configuration of `model`: a ladder size, or `config`, a hub name or file.
+
+    model: size or config, residual ("parallel", "sequential" or None for the model's own), tied.
+    Raises BadInput for what transformers cannot load as a causal language model.
+    """
+    from transformers import GPTNeoXConfig
+
+    if model.get("size"):
+        size = LADDER[model["size"]]
+        return GPTNeoXConfig(
+            hidden_size=size.d,
+            num_hidden_layers=size.layers,
+            num_attention_heads=size.heads,
+            intermediate_size=4 * size.d,
+            vocab_size=vocabulary,
+            max_position_embeddings=max(2048, sequence),
+            rope_parameters={
+                "rope_type": "default",
+                "rope_theta": 10000.0,
+                "partial_rotary_factor": size.rotary,
+            },
+            use_parallel_residual=model["residual"] != "sequential",
+            tie_word_embeddings=model["tied"],
+            bos_token_id=None,
+            eos_token_id=None,
+        )
+    config = _load(model["config"])
+    if model["residual"]:
+        if not hasattr(config, "use_parallel_residual"):
+            raise BadInput(
+                f"model.residual: {config.model_type} models have no such choice; leave it out"
+            )
+        config.use_parallel_residual = model["residual"] == "parallel"
+    config.vocab_size, config.tie_word_embeddings = vocabulary, model["tied"]
+    return config
+
+
+def width(model: dict[str, Any]) -> int:
+    """d of a model, without building it."""
+    if model["size"]:
+        return LADDER[model["size"]].d
+    return int(_load(model["config"]).get_text_config().hidden_size)
+
+
+def fingerprint(config: str) -> str:
+    """What a `config` depends on: a local file's contents, or the hub name."""
+    if not Path(config).exists():
+        return config
+    settings = _load(config).to_dict()
+    settings.pop("transformers_version", None)
+    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _load(name: str) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise BadInput(
+            f"model.config: {name!r} is no local configuration and no hub name: {reason}"
+        ) from None
+
+
+def build(config: Any) -> Any:
+    """The causal language model of a configuration, fp32, with the random state as it stands."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    except ValueError:
+        raise BadInput(
+            f"model.config: {config.model_type!r} is not a causal language model of transformers"
+        ) from None
+    if model.get_output_embeddings() is None:
+        raise BadInput(f"model.config: {config.model_type!r} has no head of its own to replace")
+    return model
+
+
+class Shape(NamedTuple):
+    """What a configuration comes to."""
+
+    d: int
+    layers: int
+    embedding: int
+    """Parameters of the input embedding; the model's own untied full head has as many."""
+    body: int
+    """All parameters but input embedding and head."""
+
+
+def shape(config: Any) -> Shape:
+    """Counted on the model itself, built without memory for its weights."""
+    import torch
+
+    with torch.device("meta"):
+        model = build(config)
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    apart = {id(embedding): embedding.numel(), id(head): head.numel()}
+    return Shape(
+        d=head.shape[1],
+        layers=config.get_text_config().num_hidden_layers,
+        embedding=embedding.numel(),
+        body=sum(p.numel() for p in model.parameters()) - sum(apart.values()),
+    )

@@ -1,0 +1,287 @@
+"""Token shards, and batches that are a pure function of (seed, step).
+
+A corpus is split by document into `train` and `held_out`, tokenised once for each (text, split,
+tokenizer), and kept in a cache as two flat files of token ids that every trial maps into memory.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from analysis.errors import BadInput
+from trainables import text
+from trainables.text import Document
+
+FORMAT = 1  # of the shards: a change makes every cache new
+END = "<|endoftext|>"  # follows each document
+_ENDS = (END, "</s>", "<|end_of_text|>", "<eos>")  # what tokenizers at large call it
+
+Progress = Callable[[str, int], None]  # (what is being done, documents so far)
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Tokenised text on disk."""
+
+    directory: Path
+    vocabulary: int
+    tokens: dict[str, int]
+    """By split: train, held_out."""
+    bytes: dict[str, int]
+    documents: dict[str, int]
+
+    def shard(self, split: str) -> npt.NDArray[Any]:
+        """The token ids of a split, one after the other, mapped from disk."""
+        return np.memmap(self.directory / f"{split}.bin", _width(self.vocabulary), mode="r")
+
+    @property
+    def tokenizer(self) -> Path:
+        return self.directory / "tokenizer.json"
+
+    def unigram(self) -> npt.NDArray[np.float64]:
+        """Log-probability of each token (V), from its count in the training text plus one."""
+        counts = np.bincount(self.shard("train"), minlength=self.vocabulary) + 1.0
+        return np.log(counts / counts.sum())
+
+
+def default_cache() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("LMSAT_CACHE") or Path(base) / "lmsat")
+
+
+def identity(source: dict[str, Any], tokenizer: int | str) -> dict[str, Any]:
+    """What the token stream depends on. `tokenizer` is a number of BPE entries to train, or a
+    local tokenizer.json, or a hub name."""
+    if isinstance(tokenizer, str) and (file := _tokenizer_file(tokenizer)):
+        tokenizer = hashlib.sha256(file.read_bytes()).hexdigest()
+    return {
+        "format": FORMAT,
+        "source": text.identity(source),
+        "held_out": [source["held_out"], source["held_out_by"]],
+        "tokenizer": tokenizer,
+    }
+
+
+def key(identity: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def find(key: str, cache: Path) -> Corpus | None:
+    """The shards of a corpus, where they have been made and are whole."""
+    directory = cache / "corpora" / key
+    try:
+        meta = json.loads((directory / "meta.json").read_text())
+    except (FileNotFoundError, ValueError):
+        return None
+    corpus = Corpus(directory, **meta)
+    itemsize = np.dtype(_width(corpus.vocabulary)).itemsize
+    for split, count in corpus.tokens.items():
+        file = directory / f"{split}.bin"
+        if not file.exists() or file.stat().st_size != count * itemsize:
+            return None
+    return corpus
+
+
+def prepare(
+    source: dict[str, Any],
+    tokenizer: int | str,
+    identity: dict[str, Any],
+    cache: Path,
+    progress: Progress = lambda what, n: None,
+) -> Corpus:
+    """The tokenised corpus, made if it is not in the cache. Safe when many start at once.
+
+    `identity` is the function's answer for the same source and tokenizer: finding it out reads
+    all the text, so it is done once and handed on. Raises BadInput where there is no text, one
+    split stays empty, or the tokenizer is unknown.
+    """
+    from filelock import FileLock
+
+    name = key(identity)
+    if found := find(name, cache):
+        return found
+    (cache / "corpora").mkdir(parents=True, exist_ok=True)
+    with FileLock(cache / "corpora" / f"{name}.lock"):
+        if found := find(name, cache):
+            return found
+        partial = cache / "corpora" / f".{name}-{uuid.uuid4().hex[:8]}"
+        partial.mkdir()
+        try:
+            _make(source, tokenizer, partial, progress)
+            final = cache / "corpora" / name
+            shutil.rmtree(final, ignore_errors=True)  # damaged, or find() had taken it
+            os.rename(partial, final)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    made = find(name, cache)
+    assert made is not None
+    return made
+
+
+def batch(
+    shard: npt.NDArray[Any], sequence: int, size: int, seed: int, step: int
+) -> npt.NDArray[np.int64]:
+    """Batch number `step` (from 0): size x (sequence + 1) token ids, the last one a label only.
+
+    The text is cut into blocks of `sequence` tokens, shuffled anew for each epoch.
+    """
+    count = blocks(shard, sequence)
+    at = range(step * size, (step + 1) * size)
+    return rows(shard, sequence, [_order(count, seed, i // count)[i % count] for i in at])
+
+
+def rows(shard: npt.NDArray[Any], sequence: int, indices: Iterable[int]) -> npt.NDArray[np.int64]:
+    """Blocks by index: each sequence + 1 token ids."""
+    return np.stack([shard[i * sequence : (i + 1) * sequence + 1] for i in indices]).astype(
+        np.int64
+    )
+
+
+def blocks(shard: npt.NDArray[Any], sequence: int) -> int:
+    """How many blocks of `sequence` tokens, each with its label, the text holds."""
+    return (len(shard) - 1) // sequence
+
+
+def sample(shard: npt.NDArray[Any], sequence: int, tokens: int) -> list[int]:
+    """Indices of a fixed random sample of blocks; a larger sample begins with the smaller ones."""
+    return [int(i) for i in _order(blocks(shard, sequence), 0, 0)[: max(1, tokens // sequence)]]
+
+
+@lru_cache(maxsize=4)
+def _order(count: int, seed: int, epoch: int) -> npt.NDArray[np.int64]:
+    return np.random.default_rng([seed, epoch]).permutation(count)
+
+
+def _width(vocabulary: int) -> type[np.uint16] | type[np.uint32]:
+    return np.uint16 if vocabulary <= 2**16 else np.uint32
+
+
+def _make(source: dict[str, Any], name: int | str, directory: Path, progress: Progress) -> None:
+    held_out = _split(source, progress)
+    if isinstance(name, int):
+        train = (d.text for d in text.read(source) if not held_out(d))
+        tokenizer = _train_bpe(name, train, progress)
+    else:
+        tokenizer = load_tokenizer(name)
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+    ends = (tokenizer.token_to_id(end) for end in _ENDS)
+    end = next((id for id in ends if id is not None), None)
+    tokenizer.save(str(directory / "tokenizer.json"))
+    vocabulary = tokenizer.get_vocab_size()
+    counts = {part: {"tokens": 0, "bytes": 0, "documents": 0} for part in ("train", "held_out")}
+    files = {part: (directory / f"{part}.bin").open("wb") for part in counts}
+    done = 0
+    documents = text.read(source)
+    while some := list(islice(documents, 64)):
+        encoded = tokenizer.encode_batch_fast([d.text for d in some], add_special_tokens=False)
+        for document, encoding in zip(some, encoded, strict=True):
+            part = "held_out" if held_out(document) else "train"
+            ids = encoding.ids if end is None else [*encoding.ids, end]
+            files[part].write(np.asarray(ids, _width(vocabulary)).tobytes())
+            counts[part]["tokens"] += len(ids)
+            counts[part]["bytes"] += len(document.text.encode())
+            counts[part]["documents"] += 1
+        done += len(some)
+        progress("tokenising", done)
+    for file in files.values():
+        file.close()
+    total = sum(c["documents"] for c in counts.values())
+    for part, count in counts.items():
+        if not count["documents"]:
+            raise BadInput(
+                f"corpus: all {total} documents fall on one side and {part} stays empty; "
+                "give more documents (one a file, or one a line of JSONL), or change held_out"
+                if total
+                else "corpus: no text in it"
+            )
+    meta = {what: {part: counts[part][what] for part in counts} for what in counts["train"]}
+    (directory / "meta.json").write_text(json.dumps({"vocabulary": vocabulary, **meta}))
+
+
+def _split(source: dict[str, Any], progress: Progress) -> Callable[[Document], bool]:
+    """Whether a document is held out: by the hash of its text, or the latest ones by date."""
+    share = source["held_out"]
+    if source["held_out_by"] == "document":
+        return lambda d: _hash01(d.text) < share
+    sizes: dict[str, int] = {}
+    for n, document in enumerate(text.read(source), 1):
+        if document.date is None:
+            raise BadInput(
+                "corpus.held_out_by: the documents have no date; name a column in corpus.date, "
+                "begin file names with YYYY, or split by document"
+            )
+        sizes[document.date] = sizes.get(document.date, 0) + len(document.text)
+        progress("dating", n)
+    kept, first = 0, ""
+    for date in sorted(sizes, reverse=True):
+        kept, first = kept + sizes[date], date
+        if kept >= share * sum(sizes.values()):
+            break
+    return lambda d: d.date is not None and d.date >= first
+
+
+def _hash01(text: str) -> float:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
+
+
+def _tokenizer_file(name: str) -> Path | None:
+    path = Path(name)
+    path = path / "tokenizer.json" if path.is_dir() else path
+    return path if path.is_file() else None
+
+
+def load_tokenizer(name: str) -> Any:
+    """A `tokenizers` tokenizer from a local tokenizer.json, its folder, or the hub."""
+    from tokenizers import Tokenizer
+
+    if file := _tokenizer_file(name):
+        try:
+            return Tokenizer.from_file(str(file))
+        except Exception as error:  # the library raises bare Exception
+            raise BadInput(f"tokenizer: {file}: {error}") from None
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name).backend_tokenizer
+    except (OSError, ValueError, AttributeError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise BadInput(f"tokenizer: {name!r} is no local file and no hub name: {reason}") from None
+
+
+def _train_bpe(entries: int, texts: Iterator[str], progress: Progress) -> Any:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=entries,
+        special_tokens=[END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+
+    def counted() -> Iterator[str]:
+        for n, one in enumerate(texts, 1):
+            progress("training the tokenizer", n)
+            yield one
+
+    tokenizer.train_from_iterator(counted(), trainer)
+    if tokenizer.get_vocab_size() != entries:
+        raise BadInput(
+            f"tokenizer.train_bpe: the text yields {tokenizer.get_vocab_size()} entries, "
+            f"not {entries}; ask for fewer"
+        )
+    return tokenizer

@@ -1,0 +1,99 @@
+"""A DeepSpeed engine around a model. DeepSpeed is imported in here only, inside the worker."""
+
+import contextlib
+import gc
+import logging
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch._C._distributed_c10d import HashStore
+
+
+def join(threads: int, gpu: bool) -> None:
+    """Make this process a DeepSpeed worker: of the world it was started in, else of its own."""
+    torch.set_num_threads(threads)
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if gpu else "cpu")
+    if not dist.is_initialized():
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
+        # No port and no rendezvous: a world of one needs neither.
+        backend = "nccl" if gpu else "gloo"
+        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    import deepspeed
+
+    # Its shared-memory collectives would be compiled at run time; one machine may have no g++.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def start(
+    model: nn.Module,
+    batch: int,
+    micro_batch: int | None,
+    lr: float,
+    weight_decay: float,
+    clip: float,
+    precision: str,
+    stage: int,
+) -> Any:
+    """The engine: AdamW with Pythia's betas (0.9, 0.95) and eps 1e-8, decay on matrices only.
+
+    batch is global, in sequences; micro_batch what one worker holds at once (None: its share).
+    """
+    import deepspeed
+
+    share = batch // dist.get_world_size()
+    micro = min(micro_batch or share, share)
+    weights = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in weights if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in weights if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    # Torch's fused AdamW: DeepSpeed's own would be compiled at run time.
+    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        optimizer=optimizer,
+        dist_init_required=False,
+        config={
+            "train_batch_size": batch,
+            "train_micro_batch_size_per_gpu": micro,
+            "gradient_accumulation_steps": share // micro,
+            "gradient_clipping": clip,
+            "bf16": {"enabled": precision == "bf16"},
+            "zero_optimization": {"stage": stage},
+            "zero_allow_untested_optimizer": True,
+            "steps_per_print": 2**62,
+        },
+    )
+    return engine
+
+
+def stop(engine: Any) -> None:
+    """Free the engine, so that the process can serve the next trial."""
+    engine.destroy()
+    gc.collect()
+
+
+@contextlib.contextmanager
+def gathered(module: nn.Module) -> Iterator[None]:
+    """Within, the module's parameters are whole on every worker (ZeRO-3 keeps only shards)."""
+    parameters = list(module.parameters())
+    if not any(hasattr(p, "ds_id") for p in parameters):
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(parameters):
+        yield
+
+
+def gradient_norm(engine: Any) -> float | None:
+    """Norm of the whole gradient before clipping; None where only the step itself computes it."""
+    if engine.zero_optimization() or engine.bfloat16_enabled():
+        return None
+    gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
+    return float(torch.nn.utils.get_total_norm(gradients))

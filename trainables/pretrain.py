@@ -1,0 +1,281 @@
+"""A trial from scratch: backbone and head, on a DeepSpeed engine.
+
+`train` is the one loop for a laptop's core and a cluster's GPUs. It knows no Ray: it is handed
+`report` and `should_stop`, and writes its records and checkpoints itself.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy.typing as npt
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from trainables import backbones, checkpoint, corpus, engine, memory, probes, schedule
+from trainables.heads import LinearHead, TokenStats, token_stats
+from trainables.recorder import Recorder, Report
+
+
+class Outcome(NamedTuple):
+    """How a trial left the loop."""
+
+    status: str
+    """done, diverged (its loss became NaN or infinite), or stopped (asked to; resumes later)."""
+    step: int
+
+
+class LanguageModel(nn.Module):
+    """Token ids in, mean loss out: the shape DeepSpeed trains."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    @property
+    def head(self) -> LinearHead:
+        head: LinearHead = self.model.get_output_embeddings()
+        return head
+
+    def hidden(self, ids: Tensor) -> Tensor:
+        """ids (blocks x sequence) -> what the head sees (blocks x sequence x d)."""
+        states: Tensor = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        return states
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids: blocks x (sequence + 1); the last is a label only."""
+        loss: Tensor = self.head(self.hidden(ids[:, :-1]), ids[:, 1:])
+        return loss
+
+
+def build(trial: dict[str, Any], vocabulary: int) -> LanguageModel:
+    """The trial's model, initialised from its seed: the same backbone under every head."""
+    torch.manual_seed(trial["seed"])
+    config = backbones.configuration(trial["model"], vocabulary, trial["train"]["sequence"])
+    model = backbones.build(config)
+    d = model.get_output_embeddings().weight.shape[1]
+    head = LinearHead(vocabulary, d, trial["head"]["rank"])
+    if trial["model"]["tied"]:
+        head.weight = model.get_input_embeddings().weight
+    # Assigning to the attribute (model.embed_out = ...) would leave the old head in use.
+    model.set_output_embeddings(head)
+    return LanguageModel(model)
+
+
+def describe(trial: dict[str, Any], model: LanguageModel, text: corpus.Corpus) -> dict[str, Any]:
+    """The trial's row in the table `trials`, but for how it ended."""
+    embedding, head = model.model.get_input_embeddings().weight, model.head
+    params = sum(p.numel() for p in model.parameters())
+    apart = {id(p): p.numel() for p in (embedding, *head.parameters())}
+    tokens, rank = trial["train"]["tokens"], trial["head"]["rank"]
+    return {
+        "name": trial["name"],
+        "kind": trial["kind"],
+        "size": trial["model"]["size"] or trial["model"]["config"],
+        "head": "full" if rank is None else "low-rank",
+        "rank": rank,
+        "seed": trial["seed"],
+        "d": embedding.shape[1],
+        "vocabulary": text.vocabulary,
+        "params": params,
+        "params_without_embeddings": params - sum(apart.values()),
+        "lr": trial["train"]["lr"],
+        "tokens": tokens,
+        "tokens_per_param": tokens / params,
+        "epochs": tokens / text.tokens["train"],
+    }
+
+
+def train(
+    trial: dict[str, Any],
+    sweep: Path,
+    cache: Path,
+    report: Report = lambda progress: None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Outcome:
+    """Train the trial to its end, from its last checkpoint where there is one.
+
+    Records go to the sweep's tables; checkpoints and, at the end, the weights (safetensors, with
+    configuration and tokenizer) to trials/<id>/.
+    """
+    t, resources = trial["train"], trial["resources"]
+    engine.join(resources["cpus"], gpu=resources["gpus"] > 0)
+    text = corpus.prepare(trial["corpus"], trial["tokenizer"], trial["text"], cache)
+    model = build(trial, text.vocabulary)
+    row = describe(trial, model, text)
+    run = engine.start(
+        model,
+        batch=t["batch"],
+        micro_batch=trial["deepspeed"]["micro_batch"],
+        lr=t["lr"],
+        weight_decay=t["weight_decay"],
+        clip=t["clip"],
+        precision=t["precision"],
+        stage=trial["deepspeed"]["stage"],
+    )
+    try:
+        steps = schedule.steps(t["tokens"], t["batch"], t["sequence"])
+        step_tokens, writes = t["batch"] * t["sequence"], dist.get_rank() == 0
+        recorder = Recorder(sweep, trial["id"], steps, step_tokens, report, writes)
+        return _Training(trial, text, model, run, recorder).go(sweep, row, should_stop)
+    finally:
+        engine.stop(run)
+
+
+class _Training:
+    """What the parts of the loop share."""
+
+    def __init__(
+        self,
+        trial: dict[str, Any],
+        text: corpus.Corpus,
+        model: LanguageModel,
+        run: Any,
+        recorder: Recorder,
+    ) -> None:
+        self.trial, self.text, self.model = trial, text, model
+        self.run, self.recorder = run, recorder
+        self.settings = trial["train"]
+        self.steps = recorder.steps
+        self.unigram = torch.from_numpy(text.unigram()).float().to(run.device)
+        self.seconds, self.tokens = 0.0, 0  # of training proper, since the last probe
+
+    def go(self, sweep: Path, row: dict[str, Any], should_stop: Callable[[], bool]) -> Outcome:
+        trial, steps, recorder = self.trial, self.steps, self.recorder
+        probed = set(schedule.probe_steps(steps, trial["probes"]["count"]))
+        logged = schedule.every(steps, 200)
+        saved = schedule.every(steps, trial["checkpoints"])
+        folder = sweep / "trials" / trial["id"]
+        state = checkpoint.load(self.run, folder / "checkpoints")
+        step = first = state["step"] if state else 0
+        if state:
+            torch.set_num_threads(state["threads"])  # another number gives other bits
+        else:
+            torch.manual_seed(trial["seed"] + dist.get_rank())  # dropout, where a model has it
+        recorder.row(row, "running", step)
+
+        while True:
+            if step in probed and (step > first or not state):
+                self._probe(step)
+            if step == steps:
+                break
+            stopping = should_stop()
+            if step > first and (step % saved == 0 or stopping):
+                # Records first: what came before a checkpoint is on disk.
+                recorder.flush(step)
+                threads = torch.get_num_threads()
+                checkpoint.save(
+                    self.run, folder / "checkpoints", {"step": step, "threads": threads}
+                )
+            if stopping:
+                return Outcome("stopped", step)
+            if not self._train_step(step, log=(step + 1) % logged == 0):
+                break
+            step += 1
+
+        status = "done" if step == steps else "diverged"
+        if status == "done":
+            self._export(folder / "model")
+        recorder.flush(step)
+        recorder.row(row, status, step)
+        return Outcome(status, step)
+
+    def _train_step(self, step: int, log: bool) -> bool:
+        """One optimiser step; False where the loss is not finite or DeepSpeed skipped the step."""
+        run, settings, started = self.run, self.settings, time.perf_counter()
+        lr = schedule.learning_rate(
+            step,
+            self.steps,
+            settings["lr"],
+            settings["schedule"],
+            settings["warmup"],
+            settings["cooldown"],
+            settings["final_lr"],
+        )
+        for group in run.optimizer.param_groups:
+            group["lr"] = lr
+        rank, world, skipped = dist.get_rank(), dist.get_world_size(), run.skipped_steps
+        ids = torch.from_numpy(self._batch(step)[rank::world]).to(run.device)
+        loss, norm = torch.zeros((), device=run.device), None
+        for micro in ids.split(run.train_micro_batch_size_per_gpu()):
+            part = run(micro)
+            loss += part.detach() * len(micro) / len(ids)
+            run.backward(part)
+            if log and run.is_gradient_accumulation_boundary():
+                norm = engine.gradient_norm(run)
+            run.step()
+        dist.all_reduce(loss)
+        value = loss.item() / world
+        # DeepSpeed skips a step whose gradients are not finite, and says nothing.
+        if not math.isfinite(value) or run.skipped_steps > skipped:
+            return False
+        self.seconds += time.perf_counter() - started
+        self.tokens += self.recorder.step_tokens
+        if log:
+            norm = float(run.get_global_grad_norm()) if norm is None else norm
+            self.recorder.scalar(step + 1, "loss", value, "train")
+            self.recorder.scalar(step + 1, "gradient_norm", norm, "train")
+            self.recorder.scalar(step + 1, "learning_rate", lr, "train")
+            self.recorder.report(step + 1, always=False)
+        return True
+
+    def _batch(self, step: int, size: int | None = None) -> npt.NDArray[Any]:
+        t = self.settings
+        shard = self.text.shard("train")
+        return corpus.batch(shard, t["sequence"], size or t["batch"], self.trial["seed"], step)
+
+    def _probe(self, step: int) -> None:
+        peak = memory.peak(self.run.device)
+        self.run.eval()
+        with torch.no_grad(), engine.gathered(self.model.head):
+            found = probes.measure(self.model.head, self._evaluation(step), self.unigram)
+        self.run.train()
+        for scalar in found.scalars:
+            self.recorder.scalar(step, **scalar)
+        for table in ("blocks", "spectra"):
+            for row in getattr(found, table):
+                self.recorder.add(table, step, row)
+        self.recorder.scalar(step, "peak_memory", peak)
+        if self.tokens:
+            self.recorder.scalar(step, "tokens_per_second", self.tokens / self.seconds)
+            self.seconds, self.tokens = 0.0, 0
+        self.recorder.report(step)
+
+    def _evaluation(self, step: int) -> Iterator[probes.Batch]:
+        """Held-out blocks, the same for all trials (more of them at the end), and the blocks that
+        training sees first."""
+        sequence, p = self.settings["sequence"], self.trial["probes"]
+        held_out = self.text.shard("held_out")
+        tokens = p["final_tokens"] if step == self.steps else p["tokens"]
+        sample = corpus.sample(held_out, sequence, tokens)
+        yield from self._forward("held_out", sample, corpus.rows(held_out, sequence, sample))
+        seen = max(1, min(p["tokens"], self.settings["tokens"]) // sequence)
+        yield from self._forward("seen", list(range(seen)), self._batch(0, seen))
+
+    def _forward(
+        self, split: str, blocks: list[int], ids: npt.NDArray[Any]
+    ) -> Iterator[probes.Batch]:
+        size = self.run.train_micro_batch_size_per_gpu()
+        for start in range(0, len(ids), size):
+            part = torch.from_numpy(ids[start : start + size]).to(self.run.device)
+            hidden, labels = self.model.hidden(part[:, :-1]), part[:, 1:]
+            flat = token_stats(self.model.head, hidden.flatten(0, 1), labels.flatten())
+            stats = TokenStats(*(s.view(labels.shape) for s in flat))
+            yield probes.Batch(split, blocks[start : start + size], hidden, labels, stats)
+
+    def _export(self, folder: Path) -> None:
+        """The trained weights, as safetensors beside their configuration and tokenizer."""
+        from safetensors.torch import save_file
+
+        model = self.model.model
+        with engine.gathered(model):
+            if dist.get_rank() == 0:
+                folder.mkdir(parents=True, exist_ok=True)
+                weights = {n: p.detach().cpu().contiguous() for n, p in model.named_parameters()}
+                save_file(weights, folder / "model.safetensors")
+                model.config.save_pretrained(folder)
+                (folder / "tokenizer.json").write_bytes(self.text.tokenizer.read_bytes())
+        dist.barrier()

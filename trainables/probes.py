@@ -1,0 +1,158 @@
+"""What is measured at a checkpoint.
+
+A probe is a class made for one measurement: it sees every evaluation batch once, streaming, and
+then says what it found. `PROBES` is all there is to register one.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from analysis import geometry, spectrum
+from trainables.heads import LinearHead, TokenStats
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One evaluation batch as the model saw it."""
+
+    split: str
+    blocks: list[int]
+    """Index of each sequence in its split."""
+    hidden: Tensor
+    """blocks x sequence x d, after the final norm: what the head sees."""
+    labels: Tensor
+    """blocks x sequence."""
+    stats: TokenStats
+    """Each blocks x sequence."""
+
+
+@dataclass
+class Found:
+    """Rows for the tables, without the columns that all of a measurement share."""
+
+    scalars: list[dict[str, Any]] = field(default_factory=list)
+    blocks: list[dict[str, Any]] = field(default_factory=list)
+    spectra: list[dict[str, Any]] = field(default_factory=list)
+
+    def scalar(
+        self,
+        metric: str,
+        value: float,
+        split: str = "",
+        stderr: float | None = None,
+        layer: int | None = None,
+    ) -> None:
+        row = {"metric": metric, "split": split, "layer": layer, "value": value, "stderr": stderr}
+        self.scalars.append(row)
+
+
+class Loss:
+    """Loss (nats per token) and accuracy by split, each with the standard error of its mean over
+    blocks, for tokens of one block are not independent; and the loss of every block."""
+
+    def __init__(self, unigram: Tensor) -> None:
+        self.unigram = unigram
+        self.seen: dict[str, dict[str, list[Tensor]]] = {}
+        self.blocks: dict[str, list[int]] = {}
+
+    def update(self, batch: Batch) -> None:
+        means = {
+            "loss": batch.stats.loss.double().mean(1),
+            "accuracy": batch.stats.correct.double().mean(1),
+            "unigram_loss": -self.unigram[batch.labels].double().mean(1),
+        }
+        parts = self.seen.setdefault(batch.split, {metric: [] for metric in means})
+        for metric, mean in means.items():
+            parts[metric].append(mean.cpu())
+        self.blocks.setdefault(batch.split, []).extend(batch.blocks)
+
+    def found(self, head: LinearHead) -> Found:
+        found = Found()
+        for split, parts in self.seen.items():
+            for metric, values in parts.items():
+                means = torch.cat(values)
+                stderr = float(means.std() / len(means) ** 0.5) if len(means) > 1 else None
+                found.scalar(metric, float(means.mean()), split, stderr)
+            losses = torch.cat(parts["loss"]).tolist()
+            found.blocks += [
+                {"split": split, "block": block, "loss": loss}
+                for block, loss in zip(self.blocks[split], losses, strict=True)
+            ]
+        return found
+
+
+class LastLayer:
+    """Anisotropy of what the head sees, on held-out text: over all pairs of tokens, between
+    blocks, and of first positions alone, which attend to nothing but themselves."""
+
+    def __init__(self, unigram: Tensor) -> None:
+        self.sums: dict[str, list[Tensor]] = {"all": [], "first": [], "rest": []}
+        self.counts: dict[str, list[int]] = {"all": [], "first": [], "rest": []}
+
+    def update(self, batch: Batch) -> None:
+        if batch.split != "held_out":
+            return
+        for block in batch.hidden:
+            for part, states in {"all": block, "first": block[:1], "rest": block[1:]}.items():
+                total, count = geometry.unit_sum(states)
+                self.sums[part].append(total.cpu())
+                self.counts[part].append(count)
+
+    def found(self, head: LinearHead) -> Found:
+        found = Found()
+        if len(self.sums["all"]) < 3:
+            return found
+        all_, first, rest = (
+            geometry.anisotropy(torch.stack(self.sums[part]), torch.tensor(self.counts[part]))
+            for part in ("all", "first", "rest")
+        )
+        found.scalar("anisotropy", all_.all_pairs, "held_out", layer=-1)
+        found.scalar("anisotropy_between", rest.between, "held_out", rest.stderr, layer=-1)
+        found.scalar("anisotropy_first", first.between, "held_out", first.stderr, layer=-1)
+        return found
+
+
+class HeadSpectrum:
+    """Singular values of the head as it acts (W, or A B), and its singular entropy: over all
+    min(V, d) values, over the rank it can reach, and with the vocabulary mean taken away."""
+
+    def __init__(self, unigram: Tensor) -> None:
+        pass
+
+    def update(self, batch: Batch) -> None:
+        pass
+
+    def found(self, head: LinearHead) -> Found:
+        found = Found()
+        out, down = head.factors()
+        sigma = spectrum.singular_values(out, down)
+        centred = spectrum.singular_values(out, down, centred=True)
+        reachable = len(sigma) if down is None else down.shape[0]
+        found.scalar("singular_entropy", spectrum.singular_entropy(sigma))
+        found.scalar("singular_entropy_rank", spectrum.singular_entropy(sigma[:reachable]))
+        found.scalar("singular_entropy_centred", spectrum.singular_entropy(centred))
+        found.spectra = [
+            {"matrix": "head", "index": i, "sigma": s} for i, s in enumerate(sigma.tolist())
+        ]
+        return found
+
+
+PROBES = (Loss, LastLayer, HeadSpectrum)
+
+
+def measure(head: LinearHead, batches: Any, unigram: Tensor) -> Found:
+    """Run every probe over the batches, each batch once. unigram: V log-probabilities."""
+    probes = [probe(unigram) for probe in PROBES]
+    for batch in batches:
+        for probe in probes:
+            probe.update(batch)
+    merged = Found()
+    for probe in probes:
+        found = probe.found(head)
+        merged.scalars += found.scalars
+        merged.blocks += found.blocks
+        merged.spectra += found.spectra
+    return merged

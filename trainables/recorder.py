@@ -1,0 +1,74 @@
+"""A trial's measurements, on their way to the sweep's tables and to whoever watches."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from analysis import records
+
+Report = Callable[[dict[str, Any]], None]
+SECONDS = 1.0  # between reports of training's progress
+
+
+class Recorder:
+    """Keeps rows until `flush` writes them; `report` shows the scalars that are new.
+
+    Only the first worker of a trial writes and reports.
+    """
+
+    def __init__(
+        self,
+        sweep: Path,
+        trial: str,
+        steps: int,
+        step_tokens: int,
+        report: Report,
+        writes: bool,
+    ) -> None:
+        self.sweep, self.trial, self.steps, self.step_tokens = sweep, trial, steps, step_tokens
+        self.send, self.writes = report, writes
+        self.sent = 0.0
+        self.rows: dict[str, list[dict[str, Any]]] = {"scalars": [], "blocks": [], "spectra": []}
+        self.reported = 0
+
+    def scalar(
+        self,
+        step: int,
+        metric: str,
+        value: float,
+        split: str = "",
+        stderr: float | None = None,
+        layer: int | None = None,
+    ) -> None:
+        row = {"tokens": step * self.step_tokens, "metric": metric, "split": split, "layer": layer}
+        row |= {"value": value, "stderr": stderr, "time": time.time_ns() // 1_000_000}
+        self.add("scalars", step, row)
+
+    def add(self, table: str, step: int, row: dict[str, Any]) -> None:
+        self.rows[table].append({"trial": self.trial, "step": step, **row})
+
+    def report(self, step: int, always: bool = True) -> None:
+        """Show what is new; unless `always`, at most once in SECONDS."""
+        if not always and time.monotonic() - self.sent < SECONDS:
+            return
+        self.sent = time.monotonic()
+        if self.writes:
+            new = self.rows["scalars"][self.reported :]
+            self.send({"step": step, "steps": self.steps, "rows": new})
+        self.reported = len(self.rows["scalars"])
+
+    def flush(self, step: int) -> None:
+        """Write all that is kept, as the segment `step` of each table."""
+        self.report(step)
+        for table, rows in self.rows.items():
+            if self.writes:
+                records.write(self.sweep, table, self.trial, step, rows)
+            rows.clear()
+        self.reported = 0
+
+    def row(self, row: dict[str, Any], status: str, step: int) -> None:
+        """The trial's own row in the table `trials`."""
+        if self.writes:
+            whole = {**row, "trial": self.trial, "status": status, "step": step}
+            records.write(self.sweep, "trials", self.trial, step, [whole])

@@ -1,0 +1,51 @@
+"""What happens at which step: learning rates, probes, checkpoints. Steps count from 0."""
+
+import math
+
+
+def steps(tokens: int, batch: int, sequence: int) -> int:
+    """Whole optimiser steps of batch x sequence tokens; at least one."""
+    return max(1, tokens // (batch * sequence))
+
+
+def learning_rate(
+    step: int,
+    steps: int,
+    peak: float,
+    schedule: str,
+    warmup: float,
+    cooldown: float,
+    final: float,
+) -> float:
+    """The rate at which step `step` (of 0 .. steps - 1) is taken.
+
+    warmup and cooldown are shares of the run, final the last rate as a share of the peak.
+    cosine: to final over all that follows the warm-up (Pythia: warmup 0.01, final 0.1).
+    wsd: constant, then linear to final over the cool-down (Haegele et al. 2024, 2405.18392).
+    constant: constant after the warm-up.
+    """
+    warm = math.ceil(warmup * steps)
+    if step < warm:
+        return peak * (step + 1) / warm
+    if schedule == "constant":
+        return peak
+    if schedule == "cosine":
+        done = (step - warm) / max(1, steps - 1 - warm)
+        return peak * (final + (1 - final) * (1 + math.cos(math.pi * done)) / 2)
+    assert schedule == "wsd"
+    cool = math.ceil(cooldown * steps)
+    left = min(1.0, (steps - step) / cool) if cool else 1.0
+    return peak * (final + (1 - final) * left)
+
+
+def probe_steps(steps: int, count: int) -> list[int]:
+    """At most `count` steps: 0, `steps`, and between them some equally apart in log(step)."""
+    if count < 2:
+        return [steps]
+    spread = (round(steps ** (i / (count - 2))) for i in range(count - 1)) if count > 2 else ()
+    return sorted({0, *spread, steps})
+
+
+def every(steps: int, times: int) -> int:
+    """The interval, in steps, that divides a run into `times` nearly equal parts."""
+    return max(1, math.ceil(steps / max(1, times)))

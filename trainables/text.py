@@ -1,0 +1,184 @@
+"""Where documents come from: text inside an installed package, files, or a dataset hub.
+
+`source` is a plain dict: one of package, files or hub; config and split (of a hub dataset); text
+and date (columns); documents (at most so many). Everything here raises BadInput for what the
+user can mend.
+"""
+
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import re
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from analysis.errors import BadInput
+
+KINDS = (".txt", ".jsonl", ".parquet")
+
+
+class Document(NamedTuple):
+    """One text and, where the source has one, its date (ISO, so that text order is time order)."""
+
+    text: str
+    date: str | None
+
+
+def identity(source: dict[str, Any]) -> dict[str, Any]:
+    """What the source's text depends on: a package's version, files' contents, a hub's revision."""
+    columns = {"text": source["text"], "date": source["date"], "documents": source["documents"]}
+    if source["package"]:
+        _package_files(source["package"])
+        version = importlib.metadata.version(source["package"])
+        return {"package": source["package"], "version": version, **columns}
+    if source["files"]:
+        digest = hashlib.sha256()
+        for fs, path in _open_files(source["files"]):
+            digest.update(Path(path).suffix.encode())
+            digest.update(_fingerprint(fs, path))
+        return {"files": digest.hexdigest(), **columns}
+    revision = _hub_revision(source["hub"])
+    named = {key: source[key] for key in ("hub", "config", "split")}
+    return {**named, "revision": revision, **columns}
+
+
+def read(source: dict[str, Any]) -> Iterator[Document]:
+    """The documents, one after the other, never all in memory."""
+    documents: Iterator[Document]
+    if source["package"]:
+        documents = (_text_file(p.read_bytes(), str(p)) for p in _package_files(source["package"]))
+    elif source["files"]:
+        documents = _from_files(source)
+    else:
+        documents = _from_hub(source)
+    return islice((d for d in documents if d.text.strip()), source["documents"])
+
+
+def _package_files(package: str) -> list[Path]:
+    spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        raise BadInput(f"corpus.package: no installed package named {package!r}")
+    files = sorted(Path(spec.submodule_search_locations[0]).rglob("*.txt"))
+    if not files:
+        raise BadInput(f"corpus.package: {package!r} carries no .txt files")
+    return files
+
+
+def _text_file(data: bytes, name: str) -> Document:
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{name}: not UTF-8 at byte {error.start}") from None
+    dated = re.match(r"\d{4}(-\d\d){0,2}(?!\d)", Path(name).name)
+    return Document(text, dated.group() if dated else None)
+
+
+def _open_files(pattern: str) -> list[tuple[Any, str]]:
+    """(file system, path) of every file the glob or fsspec URL names, in order of name."""
+    import fsspec
+
+    try:
+        fs, path = fsspec.core.url_to_fs(pattern)
+    except (ValueError, ImportError) as error:
+        raise BadInput(f"corpus.files: {error}") from None
+    paths = sorted(fs.glob(path) if any(c in path for c in "*?[") else fs.find(path))
+    if not paths:
+        raise BadInput(f"corpus.files: nothing at {pattern}")
+    for p in paths:
+        if _kind(p) not in KINDS:
+            raise BadInput(f"corpus.files: {p} is none of {', '.join(KINDS)} (or those with .gz)")
+    return [(fs, p) for p in paths]
+
+
+def _kind(path: str) -> str:
+    return Path(path.removesuffix(".gz")).suffix
+
+
+def _fingerprint(fs: Any, path: str) -> bytes:
+    if "file" not in fs.protocol:
+        return str(fs.checksum(path)).encode()  # the store's own: etag, size, date
+    with fs.open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").digest()
+
+
+def _from_files(source: dict[str, Any]) -> Iterator[Document]:
+    import fsspec
+    import polars as pl
+
+    for fs, path in _open_files(source["files"]):
+        with fs.open(path, "rb") as raw:
+            if path.endswith(".gz"):
+                raw = fsspec.compression.compr["gzip"](raw, mode="rb")
+            if _kind(path) == ".txt":
+                yield _text_file(raw.read(), path)
+            elif _kind(path) == ".jsonl":
+                for number, line in enumerate(raw, 1):
+                    if line.strip():
+                        yield _row(_json(line, f"{path}:{number}"), source, f"{path}:{number}")
+            else:
+                try:
+                    frame = pl.read_parquet(raw)
+                except pl.exceptions.PolarsError as error:
+                    raise BadInput(f"{path}: not a parquet file: {error}") from None
+                for number, row in enumerate(frame.iter_rows(named=True)):
+                    yield _row(row, source, f"{path}: row {number}")
+
+
+def _json(line: bytes, where: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise BadInput(f"{where}: not JSON: {error}") from None
+    if not isinstance(row, dict):
+        raise BadInput(f"{where}: expected an object with a text, not {type(row).__name__}")
+    return row
+
+
+def _row(row: dict[str, Any], source: dict[str, Any], where: str) -> Document:
+    for field in ("text", "date"):
+        if source[field] and source[field] not in row:
+            found = ", ".join(map(str, row))
+            raise BadInput(f"corpus.{field}: no {source[field]!r} in {where}, only {found}")
+    text = row[source["text"]]
+    if not isinstance(text, str):
+        raise BadInput(f"corpus.text: {source['text']!r} is not text in {where}")
+    return Document(text, str(row[source["date"]]) if source["date"] else None)
+
+
+def _hub_revision(name: str) -> str:
+    """The commit a hub dataset stands at, or the contents of a local dataset directory."""
+    if Path(name).is_dir():
+        digest = hashlib.sha256()
+        for file in sorted(p for p in Path(name).rglob("*") if p.is_file()):
+            digest.update(str(file.relative_to(name)).encode() + file.read_bytes())
+        return digest.hexdigest()
+    import requests
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return str(HfApi().dataset_info(name, timeout=20).sha)
+    except HFValidationError as error:
+        raise BadInput(f"corpus.hub: {error}") from None
+    except (HfHubHTTPError, requests.RequestException, OSError) as error:
+        try:
+            return Path(snapshot_download(name, repo_type="dataset", local_files_only=True)).name
+        except (LocalEntryNotFoundError, OSError):
+            reason = str(error).strip().split("\n")[0]
+            raise BadInput(
+                f"corpus.hub: cannot reach {name!r}, and no copy is cached: {reason}"
+            ) from None
+
+
+def _from_hub(source: dict[str, Any]) -> Iterator[Document]:
+    from datasets import load_dataset
+
+    try:
+        rows = load_dataset(source["hub"], source["config"], split=source["split"], streaming=True)
+    except (ValueError, OSError) as error:
+        raise BadInput(f"corpus.hub: {str(error).strip().splitlines()[0]}") from None
+    for number, row in enumerate(rows):
+        yield _row(row, source, f"{source['hub']}: row {number}")
