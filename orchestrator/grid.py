@@ -11,6 +11,7 @@ import itertools
 import json
 import re
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ RECIPE = 1  # of training and probes: a change that moves results makes every id
 class Grid:
     """A grid file, read."""
 
+    path: Path
     name: str
     raw: dict[str, Any]
     trials: list[dict[str, Any]]
@@ -60,8 +62,15 @@ def load(path: Path) -> Grid:
         raise BadInput(f"{path}{line}: {problem}") from None
     except (UnicodeDecodeError, OSError) as error:
         raise BadInput(f"{path}: cannot be read: {error}") from None
-    try:
+    with blame(path):
         return _grid(raw, path)
+
+
+@contextmanager
+def blame(path: Path) -> Iterator[None]:
+    """What is bad input within is the grid file's: say so."""
+    try:
+        yield
     except BadInput as error:
         raise BadInput(f"{path}: {error}") from None
 
@@ -87,7 +96,7 @@ def _grid(raw: Any, path: Path) -> Grid:
             trials[trial["id"]] = trial
     if not trials:
         raise BadInput("no trial is left: " + "; ".join(notices))
-    return Grid(name, raw, list(trials.values()), list(notices))
+    return Grid(path, name, raw, list(trials.values()), list(notices))
 
 
 def _axes(tree: dict[str, Any], prefix: tuple[str, ...] = ()) -> Iterator[tuple[Any, list[Any]]]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from analysis.errors import BadInput
-from orchestrator.grid import Grid
+from orchestrator.grid import Grid, blame
 from trainables import backbones, corpus, schedule
 
 # Measured with nano models on one core (docs/LOG.md): a step costs its matrix products at this
@@ -57,6 +57,11 @@ class Plan:
 
 def plan(grid: Grid, cache: Path) -> Plan:
     """Nothing is started and nothing written. Raises BadInput where a trial cannot run here."""
+    with blame(grid.path):
+        return _plan(grid, cache)
+
+
+def _plan(grid: Grid, cache: Path) -> Plan:
     gpu = grid.trials[0]["resources"]["gpus"] > 0
     at_once = min(_fit(trial["resources"]) for trial in grid.trials)
     speed = _matmul_speed(gpu)

@@ -187,6 +187,15 @@ class Trial(_Section):
     checkpoints: Positive = 4
     """How many times a run is saved, evenly apart."""
 
+    @model_validator(mode="after")
+    def _whole_micro_batches(self) -> "Trial":
+        if self.train.batch % (self.deepspeed.micro_batch or 1):
+            raise ValueError(
+                f"deepspeed.micro_batch: {self.deepspeed.micro_batch} does not divide "
+                f"train.batch, {self.train.batch}"
+            )
+        return self
+
 
 _SECTIONS: dict[str, type[BaseModel]] = {
     "corpus": Source,
@@ -216,7 +225,8 @@ def explain(error: ValidationError) -> str:
         fields = ", ".join(_SECTIONS[path[0]].model_fields)
         return f"{where}: expected fields ({fields}), not {given!r}"
     message = errors[0]["msg"].removeprefix("Value error, ")
-    return f"{where}: {message}" + ("" if isinstance(given, dict) else f", not {given!r}")
+    message = f"{where}: {message}" if where else message
+    return message + ("" if isinstance(given, dict) else f", not {given!r}")
 
 
 def _unknown(what: str, name: str, known: Any) -> str:

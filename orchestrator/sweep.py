@@ -22,7 +22,7 @@ from ray import tune
 from analysis import atomic, figures, records, tables
 from analysis.errors import BadInput
 from orchestrator import ledger, plan, tracking
-from orchestrator.grid import Grid
+from orchestrator.grid import Grid, blame
 from trainables import corpus, schedule
 
 RETRIES = 2  # of a trial whose worker raised or was killed
@@ -49,7 +49,8 @@ def run(
     sweep = out.resolve() / grid.name
     _check_same(grid, sweep)
     plan.plan(grid, cache)
-    _check_text(grid, cache, watcher)
+    with blame(grid.path):
+        _check_text(grid, cache, watcher)
     costs = plan.plan(grid, cache)  # again: the epochs are known now
     try:
         sweep.mkdir(parents=True, exist_ok=True)
@@ -73,10 +74,9 @@ def run(
 
 
 def _check_same(grid: Grid, sweep: Path) -> None:
-    try:
-        before = json.loads((sweep / "plan.json").read_text())
-    except FileNotFoundError:
+    if not (sweep / "plan.json").is_file():
         return
+    before = json.loads((sweep / "plan.json").read_text())
     if {t["id"] for t in before["trials"]} == {t["id"] for t in grid.trials}:
         return
     old, new = dict(tracking.flat(before["grid"])), dict(tracking.flat(grid.raw))

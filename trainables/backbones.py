@@ -24,13 +24,13 @@ class Size(NamedTuple):
 # Learning rates: nano sizes from a search on State of the Union text (docs/LOG.md), the others
 # as published.
 LADDER = {
-    "nano-4": Size(4, 2, 1, 2e-2, rotary=1.0),
-    "nano-8": Size(8, 2, 1, 2e-2, rotary=1.0),
+    "nano-4": Size(4, 2, 1, 4e-2, rotary=1.0),
+    "nano-8": Size(8, 2, 1, 4e-2, rotary=1.0),
     "nano-16": Size(16, 2, 1, 2e-2, rotary=1.0),
     "nano-32": Size(32, 2, 2, 2e-2, rotary=1.0),
     "nano-64": Size(64, 2, 4, 1e-2, rotary=1.0),
     "nano-128": Size(128, 2, 8, 5e-3, rotary=1.0),
-    "nano-256": Size(256, 4, 8, 3e-3, rotary=1.0),
+    "nano-256": Size(256, 4, 8, 2e-3, rotary=1.0),
     "pythia-14m": Size(128, 6, 4, 1e-3),
     "pythia-31m": Size(256, 6, 8, 1e-3),
     "pythia-70m": Size(512, 6, 8, 1e-3),
@@ -78,6 +78,11 @@ def configuration(model: dict[str, Any], vocabulary: int, sequence: int) -> Any:
                 f"model.residual: {config.model_type} models have no such choice; leave it out"
             )
         config.use_parallel_residual = model["residual"] == "parallel"
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit and sequence > limit:
+        raise BadInput(
+            f"train.sequence: {sequence} is more than the {limit} positions of the model"
+        )
     config.vocab_size, config.tie_word_embeddings = vocabulary, model["tied"]
     return config
 
