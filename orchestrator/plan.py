@@ -18,7 +18,7 @@ from trainables import backbones, corpus, schedule
 # worth of memory traffic, plus what a step and a trial cost before they do anything.
 CPU_SHARE, LOGIT_FLOPS, STEP_SECONDS, TRIAL_SECONDS = 0.7, 300.0, 0.008, 2.0
 GPU_SHARE = 0.4  # of a GPU's matmul speed; assumed, never measured by us
-PROCESS_BYTES = 600_000_000  # of a worker that has imported everything and holds no model
+PROCESS_BYTES = 700_000_000  # of a worker that has imported everything and holds no model
 
 
 @dataclass(frozen=True)

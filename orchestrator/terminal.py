@@ -201,9 +201,10 @@ class Progress:
         for trial, (since, share) in self.first.items():
             if now > since:
                 rate += self.costs[trial].tokens * (self.done[trial] - share) / (now - since)
-        parts.append(f"{short(rate)} tokens/s" if rate else "starting")
+        if rate:
+            parts.append(f"{short(rate)} tokens/s")
         gained = self._share() - self.share_at_start
-        if gained > 0.01:
+        if gained > 0.01 and self._share() < 1:
             left = (now - self.began) * (1 - self._share()) / gained
             parts.append(f"{duration(left)} left")
         return " · ".join(parts)
@@ -248,7 +249,8 @@ next      lmsat ui{option}{"" if option else "                 "}      browse th
 
 def print_status(sweep: Path, as_json: bool) -> None:
     """Every trial of a sweep, and how far it is."""
-    latest = tables.latest(sweep)
+    latest, entries = tables.latest(sweep), ledger.read(sweep)
+    order = [t["id"] for t in json.loads((sweep / "plan.json").read_text())["trials"]]
     rows = [
         {
             "trial": entry["trial"]["name"],
@@ -260,7 +262,7 @@ def print_status(sweep: Path, as_json: bool) -> None:
             "tokens_per_second": latest.get(id, {}).get("tokens_per_second"),
             "error": entry.get("error"),
         }
-        for id, entry in ledger.read(sweep).items()
+        for id, entry in ((id, entries[id]) for id in order if id in entries)
     ]
     if as_json:
         print_json({"sweep": str(sweep), "trials": rows})

@@ -1,0 +1,401 @@
+"""Whole sweeps through the command line: real Ray, DeepSpeed, MLflow, text."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import psutil
+import pytest
+import yaml
+from mlflow import MlflowClient
+
+from analysis import records, tables
+from orchestrator import ledger, tracking
+from tests.conftest import TINY
+from trainables import pretrain
+
+TIMING = ("tokens_per_second", "peak_memory")
+
+
+def command(*args: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    # The installed script, as a user has it: `python -m` would put the directory on the path.
+    script = Path(sys.executable).parent / "lmsat"
+    return subprocess.run([str(script), *args], capture_output=True, text=True, **options)
+
+
+def write_grid(folder: Path, **fields: Any) -> Path:
+    path = folder / "tiny.yaml"
+    path.write_text(yaml.safe_dump({**yaml.safe_load(TINY), **fields}, sort_keys=False))
+    return path
+
+
+def measured(sweep: Path) -> dict[str, pl.DataFrame]:
+    """All records but times."""
+    found = {t: records.scan(sweep, t).sort(records.KEYS[t]).collect() for t in records.KEYS}
+    found["scalars"] = found["scalars"].filter(~pl.col("metric").is_in(TIMING)).drop("time")
+    return found
+
+
+def assert_same(a: Path, b: Path) -> None:
+    ours, theirs = measured(a), measured(b)
+    for table, frame in ours.items():
+        assert frame.height and frame.equals(theirs[table]), table
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
+    """A finished sweep of four trials, started beside a user's own folder named `analysis`."""
+    folder = tmp_path_factory.mktemp("user")
+    (folder / "analysis").mkdir()
+    (folder / "analysis" / "__init__.py").write_text("raise ImportError('the user's own')\n")
+    write_grid(folder)
+    done = command("sweep", "--grid", "tiny.yaml", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    (folder / "stdout").write_text(done.stdout)
+    (folder / "stderr").write_text(done.stderr)
+    return folder
+
+
+def test_every_trial_is_done_and_recorded(swept: Path) -> None:
+    found = measured(swept / "runs" / "tiny")
+    assert found["trials"]["status"].to_list() == ["done"] * 4
+    assert found["trials"]["step"].to_list() == [48] * 4
+    per_trial = found["scalars"].group_by("trial").len()["len"].to_list()
+    assert per_trial == [3 * 48 + 4 * 12] * 4
+    assert found["spectra"].height == 4 * 2 * (8 + 16)
+    assert {e["status"] for e in ledger.read(swept / "runs" / "tiny").values()} == {"done"}
+
+
+def test_the_user_sees_the_table_and_what_is_next(swept: Path) -> None:
+    shown, said = (swept / "stdout").read_text(), (swept / "stderr").read_text()
+    losses = tables.final_losses(swept / "runs" / "tiny")
+    for row in losses.iter_rows(named=True):
+        assert f"{row['loss']:.3f} ± {row['stderr']:.3f}" in shown
+    for words in ("unigram cross-entropy", "loss_vs_rank.png", "records", "MLflow", "lmsat ui"):
+        assert words in shown
+    assert "4 done · 0 running · 0 waiting" in said and "\x1b" not in shown + said
+    assert "Traceback" not in said and "Warning" not in said
+
+
+def test_mlflow_shows_what_the_records_hold(swept: Path) -> None:
+    sweep = swept / "runs" / "tiny"
+    client = MlflowClient(tracking.default_uri(swept / "runs"))
+    (experiment,) = (e for e in client.search_experiments() if e.name == "tiny")
+    runs = client.search_runs([experiment.experiment_id])
+    (parent,) = (r for r in runs if "mlflow.parentRunId" not in r.data.tags)
+    children = [r for r in runs if r is not parent]
+    assert len(children) == 4 and {r.info.status for r in runs} == {"FINISHED"}
+    assert {r.data.tags["mlflow.parentRunId"] for r in children} == {parent.info.run_id}
+    assert [a.path for a in client.list_artifacts(parent.info.run_id)] == ["loss_vs_rank.png"]
+    assert "lmsat sweep --grid" in parent.data.tags["mlflow.note.content"]
+    scalars = records.scan(sweep, "scalars").collect()
+    for run in children:
+        tags, own = run.data.tags, scalars.filter(pl.col("trial") == run.data.tags["lmsat.trial"])
+        assert {"lmsat.rank", "lmsat.d", "lmsat.params", "lmsat.tokens_per_param"} <= set(tags) | {
+            "lmsat.rank"
+        }
+        assert tags["lmsat.status"] == "done"
+        stored = [
+            (m.key, m.step, m.value, m.timestamp)
+            for key in run.data.metrics
+            for m in client.get_metric_history(run.info.run_id, key)
+        ]
+        recorded = [
+            (tracking.metric_name(r), r["step"], r["value"], r["time"])
+            for r in own.iter_rows(named=True)
+        ]
+        assert sorted(stored) == sorted(recorded)
+        (spectra,) = client.list_artifacts(run.info.run_id, "spectra")
+        assert spectra.path.endswith(f"{tags['lmsat.trial']}.parquet")
+
+
+def test_the_same_grid_again_trains_nothing(swept: Path) -> None:
+    sweep = swept / "runs" / "tiny"
+    before = {p: p.stat().st_mtime_ns for p in (sweep / "records").rglob("*.parquet")}
+    client = MlflowClient(tracking.default_uri(swept / "runs"))
+    experiment = client.get_experiment_by_name("tiny").experiment_id
+    runs = {r.info.run_id for r in client.search_runs([experiment])}
+    # Other hardware, another place for the grid: the same trials.
+    again = write_grid(swept, deepspeed={"micro_batch": 4}, checkpoints=9)
+    done = command("sweep", "--grid", str(again), "--json", cwd=swept)
+    assert done.returncode == 0 and "4 of 4 trials are finished already" in done.stderr
+    assert "starting Ray" not in done.stderr
+    assert {r["loss"] for r in json.loads(done.stdout)["trials"]} == set(
+        tables.final_losses(sweep)["loss"]
+    )
+    assert before == {p: p.stat().st_mtime_ns for p in (sweep / "records").rglob("*.parquet")}
+    assert runs == {r.info.run_id for r in client.search_runs([experiment])}
+    write_grid(swept)
+
+
+def test_a_changed_grid_under_an_old_name_is_refused(swept: Path) -> None:
+    before = (swept / "runs" / "tiny" / "plan.json").read_text()
+    changed = swept / "changed.yaml"
+    changed.write_text(TINY.replace("24_576", "32_768"))
+    done = command("sweep", "--grid", str(changed), cwd=swept)
+    assert done.returncode == 2 and done.stdout == ""
+    assert "train.tokens was 24576, is 32768" in done.stderr.splitlines()[-1]
+    assert (swept / "runs" / "tiny" / "plan.json").read_text() == before
+
+
+def test_a_second_driver_is_refused(swept: Path) -> None:
+    with ledger.driving(swept / "runs" / "tiny"):
+        done = command("sweep", "--grid", "tiny.yaml", cwd=swept)
+    assert done.returncode == 2 and "another `lmsat sweep` is at work" in done.stderr
+
+
+def test_status_shows_every_trial(swept: Path) -> None:
+    shown = json.loads(command("status", "tiny", "--json", cwd=swept).stdout)["trials"]
+    assert [t["trial"] for t in shown] == [
+        "nano-8 r=2 s=0",
+        "nano-8 r=full s=0",
+        "nano-16 r=2 s=0",
+        "nano-16 r=full s=0",
+    ]
+    assert {(t["status"], t["step"], t["steps"]) for t in shown} == {("done", 48, 48)}
+    table = command("status", "runs/tiny", cwd=swept).stdout
+    assert all(f"{t['loss']:.3f}" in table and t["id"] in table for t in shown)
+
+
+def test_plan_and_dry_run_agree_and_write_nothing(swept: Path, tmp_path: Path) -> None:
+    grid = write_grid(tmp_path)
+    plan = json.loads(command("plan", "--grid", str(grid), "--json").stdout)
+    dry = command("sweep", "--grid", str(grid), "--dry-run", "--json", cwd=tmp_path)
+    assert [t["id"] for t in json.loads(dry.stdout)["trials"]] == [t["id"] for t in plan["trials"]]
+    assert [t["id"] for t in plan["trials"]] == list(
+        {
+            t["id"]: 0
+            for t in json.loads((swept / "runs" / "tiny" / "plan.json").read_text())["trials"]
+        }
+    )
+    assert not (tmp_path / "runs").exists()
+    shown = command("plan", "--grid", str(grid)).stdout
+    assert all(t["id"] in shown and t["name"] in shown for t in plan["trials"])
+    assert max(map(len, shown.splitlines())) <= 100
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+@contextmanager
+def serving(args: list[str], port: int, **options: Any) -> Iterator[str]:
+    """A server of ours or MLflow's until the block ends; its address."""
+    with subprocess.Popen(args, start_new_session=True, **options) as server:
+        try:
+            for _ in range(240):
+                assert server.poll() is None, "the server ended"
+                try:
+                    urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2)
+                    break
+                except OSError:
+                    time.sleep(0.5)
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            os.killpg(server.pid, signal.SIGKILL)
+
+
+def test_ui_opens_on_the_runs(swept: Path) -> None:
+    port = free_port()
+    script = str(Path(sys.executable).parent / "lmsat")
+    with serving([script, "ui", "--port", str(port)], port, cwd=swept) as address:
+        page = urllib.request.urlopen(address).read().decode()
+        assert "<title>MLflow</title>" in page
+        names = [e.name for e in MlflowClient(address).search_experiments()]
+        assert "tiny" in names
+        listening = [
+            c.laddr.ip
+            for c in psutil.net_connections()
+            if c.laddr.port == port and c.status == "LISTEN"
+        ]
+        assert listening and set(listening) == {"127.0.0.1"}
+
+
+@contextmanager
+def running(folder: Path, *more: str) -> Iterator[subprocess.Popen[str]]:
+    """A sweep of long trials, at work; on an MLflow server if one is named."""
+    script = str(Path(sys.executable).parent / "lmsat")
+    with subprocess.Popen(
+        [script, "sweep", "--grid", "tiny.yaml", *more],
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as driver:
+        try:
+            yield driver
+        finally:
+            driver.kill()
+
+
+def wait_for(what: Any, seconds: float = 120) -> Any:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if found := what():
+            return found
+        time.sleep(0.05)
+    raise AssertionError("waited in vain")
+
+
+def workers(driver: subprocess.Popen[str]) -> list[psutil.Process]:
+    """Ray workers that run a trial now."""
+    family = psutil.Process(driver.pid).children(recursive=True)
+    return [
+        p for p in family if "ray::" in " ".join(p.cmdline()) and ".train" in " ".join(p.cmdline())
+    ]
+
+
+def saved(sweep: Path) -> int:
+    return len(list((sweep / "trials").glob("*/checkpoints/step-*")))
+
+
+LONG = {"train": {"tokens": 196_608, "batch": 8, "sequence": 64}}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
+    """The long grid's records, trained trial by trial without Ray."""
+    from orchestrator import grid
+
+    folder = tmp_path_factory.mktemp("whole")
+    for trial in grid.load(write_grid(folder, **LONG)).trials:
+        pretrain.train(trial, folder, cache)
+    return folder
+
+
+def test_ctrl_c_saves_and_the_same_command_goes_on(
+    tmp_path: Path, cache: Path, uninterrupted: Path
+) -> None:
+    """With the runs on an MLflow server."""
+    write_grid(tmp_path, **LONG)
+    port, sweep = free_port(), tmp_path / "runs" / "tiny"
+    store = f"sqlite:///{tmp_path}/server.db"
+    server = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", store]
+    server += [
+        "--artifacts-destination",
+        str(tmp_path / "a"),
+        "--workers",
+        "1",
+        "--port",
+        str(port),
+    ]
+    with serving(server, port, cwd=tmp_path) as address:
+        with running(tmp_path, "--tracking-uri", address) as driver:
+            wait_for(lambda: saved(sweep) >= 1)
+            driver.send_signal(signal.SIGINT)
+            said = driver.communicate(timeout=120)[0]
+        assert driver.returncode == 130
+        assert "running trials are being saved" in said and "the same command goes on" in said
+        assert "Traceback" not in said
+        statuses = [e["status"] for e in ledger.read(sweep).values()]
+        assert "stopped" in statuses and "running" not in statuses and "failed" not in statuses
+        client = MlflowClient(address)
+        experiment = client.get_experiment_by_name("tiny").experiment_id
+        before = {r.info.run_id for r in client.search_runs([experiment])}
+        again = command("sweep", "--grid", "tiny.yaml", "--tracking-uri", address, cwd=tmp_path)
+        assert again.returncode == 0, again.stderr
+        assert_same(sweep, uninterrupted)
+        runs = client.search_runs([experiment])
+        assert len(runs) == 5 and before <= {r.info.run_id for r in runs}
+        for run in runs:
+            for key in run.data.metrics:
+                steps = [m.step for m in client.get_metric_history(run.info.run_id, key)]
+                assert len(steps) == len(set(steps)), (run.info.run_name, key)
+
+
+def test_a_killed_workers_trial_is_resumed_and_its_slot_comes_back(
+    tmp_path: Path, cache: Path, uninterrupted: Path
+) -> None:
+    write_grid(tmp_path, **LONG)
+    sweep = tmp_path / "runs" / "tiny"
+    with running(tmp_path) as driver:
+        wait_for(lambda: saved(sweep) >= 1 and len(workers(driver)) == 2)
+        victim = workers(driver)[0]
+        killed = time.time() * 1000
+        victim.kill()
+        said = driver.communicate(timeout=240)[0]
+    assert driver.returncode == 0, said
+    assert_same(sweep, uninterrupted)
+    # Afterwards two trials were at work at the same time again.
+    spans = (
+        records.scan(sweep, "scalars")
+        .filter(pl.col("time") > killed)
+        .group_by("trial")
+        .agg(first=pl.col("time").min(), last=pl.col("time").max())
+        .collect()
+    )
+    late = spans.filter(pl.col("first") > killed + 4000).sort(
+        "first"
+    )  # Ray's restart takes as long
+    overlaps = [
+        a["trial"] != b["trial"] and a["first"] < b["last"] and b["first"] < a["last"]
+        for a in late.iter_rows(named=True)
+        for b in spans.iter_rows(named=True)
+    ]
+    assert any(overlaps)
+
+
+def test_a_killed_driver_loses_nothing(tmp_path: Path, cache: Path, uninterrupted: Path) -> None:
+    write_grid(tmp_path, **LONG)
+    sweep = tmp_path / "runs" / "tiny"
+    with running(tmp_path) as driver:
+        wait_for(lambda: saved(sweep) >= 1)
+        orphans = workers(driver)
+        driver.kill()
+        driver.wait()
+    psutil.wait_procs(orphans, timeout=30)
+    assert "running" not in [e["status"] for e in ledger.read(sweep).values()]
+    again = command("sweep", "--grid", "tiny.yaml", cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert_same(sweep, uninterrupted)
+    client = MlflowClient(tracking.default_uri(tmp_path / "runs"))
+    runs = client.search_runs([client.get_experiment_by_name("tiny").experiment_id])
+    assert len(runs) == 5 and {r.info.status for r in runs} == {"FINISHED"}
+
+
+def test_one_trials_end_is_not_the_others(tmp_path: Path, cache: Path) -> None:
+    """One diverges, one can never run; the others finish."""
+    from orchestrator import grid
+
+    path = write_grid(
+        tmp_path,
+        trials=[
+            {"model": {"size": "nano-8"}, "head": {"rank": 2}, "train": {"lr": 1e38, "clip": 0}},
+            {"model": {"size": "nano-8"}, "head": {"rank": "full"}, "deepspeed": {"stage": 1}},
+        ],
+    )
+    trials = {t["name"]: t for t in grid.load(path).trials}
+    broken = trials["nano-8 r=full s=0"]
+    sweep, calls = tmp_path / "runs" / "tiny", iter(range(20))
+    stage0 = {**broken, "deepspeed": {**broken["deepspeed"], "stage": 0}}
+    pretrain.train(stage0, sweep, cache, should_stop=lambda: next(calls, None) is None)
+    done = command("sweep", "--grid", "tiny.yaml", cwd=tmp_path)
+    assert done.returncode == 1
+    found = {e["trial"]["name"]: e for e in ledger.read(sweep).values()}
+    statuses = {name: entry["status"] for name, entry in found.items()}
+    assert statuses == {
+        "nano-8 r=2 s=0": "diverged",
+        "nano-8 r=full s=0": "failed",
+        "nano-16 r=2 s=0": "done",
+        "nano-16 r=full s=0": "done",
+    }
+    assert "written with stage 0, cannot go on with stage 1" in found["nano-8 r=full s=0"]["error"]
+    assert "nano-8 r=2 s=0 diverged" in done.stderr and "nano-8 r=full s=0 failed" in done.stderr
+    table = records.scan(sweep, "trials").collect()
+    assert dict(zip(table["name"], table["status"], strict=True)) == statuses
+    client = MlflowClient(tracking.default_uri(tmp_path / "runs"))
+    runs = client.search_runs([client.get_experiment_by_name("tiny").experiment_id])
+    ended = {r.info.run_name: r.info.status for r in runs}
+    assert [ended[n] for n in statuses] == ["FAILED", "FAILED", "FINISHED", "FINISHED"]
