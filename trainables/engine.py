@@ -26,8 +26,9 @@ def join(threads: int, gpu: bool) -> None:
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     import deepspeed
 
-    # Its shared-memory collectives would be compiled at run time; one machine may have no g++.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # It would ask which of its extensions can be compiled here, by compiling, and then compile its
+    # shared-memory collectives. A machine may have no compiler: it is told that none can.
+    deepspeed.ops.__compatible_ops__ = {}
 
 
 def start(

@@ -1,6 +1,7 @@
 """One trial, on a real DeepSpeed engine and real text."""
 
 import copy
+import json
 import math
 import os
 import subprocess
@@ -106,8 +107,6 @@ def test_zero_stages_agree(tiny_trial: dict[str, Any], tmp_path: Path, cache: Pa
         "trial, sweep, cache = json.load(sys.stdin)\n"
         "pretrain.train(trial, Path(sweep), Path(cache))\n"
     )
-    import json
-
     found = []
     for stage in range(4):
         trial = variant(tiny_trial, id=f"stage{stage}", deepspeed={"stage": stage})
@@ -287,16 +286,18 @@ def test_the_gradient_norm_is_the_gradients(
     assert found == pytest.approx(math.sqrt(squares), rel=1e-5)
 
 
-def test_no_compiler_is_needed(tiny_trial: dict[str, Any], tmp_path: Path, cache: Path) -> None:
-    """A PATH with nothing on it, and a cache of compiled extensions that stays empty."""
+def test_no_compiler_is_called(tiny_trial: dict[str, Any], tmp_path: Path, cache: Path) -> None:
+    """On a PATH of compilers that only leave a note of their being called."""
     code = (
         "import json, sys\nfrom pathlib import Path\nfrom trainables import pretrain\n"
         "trial, sweep, cache = json.load(sys.stdin)\n"
         "print(pretrain.train(trial, Path(sweep), Path(cache)).status)\n"
     )
-    import json
-
     (tmp_path / "bin").mkdir()
+    for name in ("cc", "gcc", "g++", "c++", "clang", "ld", "ninja", "nvcc"):
+        compiler = tmp_path / "bin" / name
+        compiler.write_text(f"#!/bin/sh\necho {name} $@ >> {tmp_path / 'called'}\nexit 1\n")
+        compiler.chmod(0o755)
     env = {**os.environ, "PATH": str(tmp_path / "bin"), "TORCH_EXTENSIONS_DIR": str(tmp_path / "x")}
     out = subprocess.run(
         [sys.executable, "-c", code],
@@ -307,4 +308,4 @@ def test_no_compiler_is_needed(tiny_trial: dict[str, Any], tmp_path: Path, cache
         env=env,
     )
     assert out.stdout.split()[-1] == "done"
-    assert not list((tmp_path / "x").rglob("*.so"))
+    assert not (tmp_path / "called").exists(), (tmp_path / "called").read_text()
