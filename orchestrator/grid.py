@@ -81,13 +81,14 @@ def _grid(raw: Any, path: Path) -> Grid:
     name = raw.get("name", path.stem)
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
         raise BadInput(f"name: {name!r}: letters, digits, dot, dash and underscore only")
+    raw = _absolute({**raw, "name": name}, path.parent)
     base = {str(key): value for key, value in raw.items() if key not in ("name", "trials")}
     axes = [axis for axis, _ in _axes(base)]
     trials: dict[str, dict[str, Any]] = {}
     notices: dict[str, None] = {}
     identify = functools.cache(lambda key: corpus.identity(*json.loads(key)))  # reads all text
     for cell in _cells(base, raw.get("trials", []), axes):
-        trial = _trial(cell, axes, path.parent, identify)
+        trial = _trial(cell, axes, identify)
         if reason := _impossible(trial):
             notices[reason] = None
         elif trial["id"] in trials:
@@ -97,6 +98,25 @@ def _grid(raw: Any, path: Path) -> Grid:
     if not trials:
         raise BadInput("no trial is left: " + "; ".join(notices))
     return Grid(path, name, raw, list(trials.values()), list(notices))
+
+
+_PATHS = (("corpus", "files"), ("corpus", "hub"), ("model", "config"), ("tokenizer",))
+
+
+def _absolute(tree: Any, folder: Path, at: tuple[str, ...] = ()) -> Any:
+    """The grid with its paths, which are relative to its file, made absolute: neither its copy in
+    the sweep nor a worker stands there."""
+    if isinstance(tree, dict):
+        return {
+            k: _absolute(v, folder, () if k == "trials" else (*at, str(k))) for k, v in tree.items()
+        }
+    if isinstance(tree, list):
+        return [_absolute(v, folder, at) for v in tree]
+    if at in _PATHS and isinstance(tree, str) and "://" not in tree:
+        path = (folder / tree).resolve()
+        if at == ("corpus", "files") or path.exists():
+            return str(path)
+    return tree
 
 
 def _axes(tree: dict[str, Any], prefix: tuple[str, ...] = ()) -> Iterator[tuple[Any, list[Any]]]:
@@ -152,27 +172,15 @@ def _cells(base: dict[str, Any], entries: Any, axes: list[tuple[str, ...]]) -> l
 def _trial(
     cell: dict[str, Any],
     axes: list[tuple[str, ...]],
-    folder: Path,
     identify: Callable[[str], dict[str, Any]],
 ) -> dict[str, Any]:
-    """A cell as plain values: validated, defaults filled in, paths absolute, named."""
+    """A cell as plain values: validated, defaults filled in, named."""
     try:
         trial = schema.Trial.model_validate(cell).model_dump()
     except ValidationError as error:
         raise BadInput(schema.explain(error)) from None
     if isinstance(trial["tokenizer"], dict):
         trial["tokenizer"] = trial["tokenizer"]["train_bpe"]
-    for section, name in (
-        (trial["corpus"], "files"),
-        (trial["corpus"], "hub"),
-        (trial["model"], "config"),
-        (trial, "tokenizer"),
-    ):
-        value = section[name]
-        # A path is relative to its grid file, whatever directory a worker runs in.
-        if isinstance(value, str) and "://" not in value:
-            path = (folder / value).resolve()
-            section[name] = str(path) if name == "files" or path.exists() else value
     size = trial["model"]["size"]
     if trial["train"]["lr"] is None:
         if size is None:

@@ -6,37 +6,27 @@ checkpoints themselves, so the driver may die at any time.
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import os
 import signal
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import ray
 import yaml
 from ray import tune
 
-from analysis import atomic, figures, records, tables
+from analysis import atomic, figures, tables
 from analysis.errors import BadInput
 from orchestrator import ledger, plan, tracking
+from orchestrator.driver import Driver, Watcher
 from orchestrator.grid import Grid, blame
-from trainables import corpus, schedule
+from trainables import corpus
 
 RETRIES = 2  # of a trial whose worker raised or was killed
-
-
-class Watcher(Protocol):
-    """Whoever looks on."""
-
-    def preparing(self, what: str, count: int = 0) -> None: ...
-    def started(self, costs: list[plan.Cost], statuses: dict[str, str]) -> None: ...
-    def running(self, trial: str) -> None: ...
-    def progress(self, trial: str, step: int, steps: int) -> None: ...
-    def ended(self, trial: str, status: str, error: str | None) -> None: ...
-    def stopping(self) -> None: ...
 
 
 def run(
@@ -61,15 +51,15 @@ def run(
         watcher.preparing("opening MLflow")
         uri = tracking_uri or tracking.default_uri(out)
         tracker = tracking.Tracker(uri, sweep, grid.name)
-        tracker.describe(_note(grid, sweep))
-        driver = _Driver(grid, sweep, tracker, watcher)
+        tracker.describe(_note(grid, sweep), _hash(grid))
+        driver = Driver(grid.trials, costs.costs, sweep, tracker, watcher)
         watcher.started(costs.costs, {i: e["status"] for i, e in driver.entries.items()})
         try:
             if driver.pending:
                 _tune(driver, cache)
         finally:
             _show(sweep, tracker)
-            tracker.close(driver.all_finished)
+            tracker.close(finished=not driver.pending)
         return driver.entries
 
 
@@ -115,113 +105,23 @@ def _note(grid: Grid, sweep: Path) -> str:
     )
 
 
+def _hash(grid: Grid) -> str:
+    ids = ",".join(sorted(trial["id"] for trial in grid.trials))
+    return hashlib.sha256(ids.encode()).hexdigest()[:12]
+
+
 def _show(sweep: Path, tracker: tracking.Tracker) -> None:
     table = tables.final_losses(sweep)
     if table.height:
         tracker.artifact(figures.loss_vs_rank(table, sweep / "report" / "loss_vs_rank.png"))
 
 
-class _Driver:
-    """What the driver knows: it writes the ledger and MLflow, and tells the watcher."""
-
-    def __init__(
-        self, grid: Grid, sweep: Path, tracker: tracking.Tracker, watcher: Watcher
-    ) -> None:
-        self.sweep, self.tracker, self.watcher = sweep, tracker, watcher
-        self.active: set[str] = set()
-        known = ledger.read(sweep)
-        self.entries = {}
-        for trial in grid.trials:
-            entry = {"status": "waiting", "step": 0, "run": None, **known.get(trial["id"], {})}
-            if entry["status"] not in ledger.FINISHED:
-                entry |= {"status": "waiting", "error": None}
-            if entry.get("store") != tracker.uri:
-                entry |= {"store": tracker.uri, "run": None, "tracked": False}
-            # The grid may give old trials new hardware.
-            t = trial["train"]
-            steps = schedule.steps(t["tokens"], t["batch"], t["sequence"])
-            fixed = {"id": trial["id"], "steps": steps, "trial": trial}
-            self.entries[trial["id"]] = {**entry, **fixed}
-        for entry in self.entries.values():
-            if not entry.get("tracked") and (entry["run"] or entry["status"] in ledger.FINISHED):
-                self._track(entry)
-            ledger.write(sweep, entry)
-
-    @property
-    def pending(self) -> list[str]:
-        return [i for i, e in self.entries.items() if e["status"] not in ledger.FINISHED]
-
-    @property
-    def all_finished(self) -> bool:
-        return not self.pending
-
-    def on_start(self, id: str) -> None:
-        entry = self.entries[id]
-        self.active.add(id)
-        if not entry["run"]:
-            entry["run"] = self.tracker.child(entry["trial"])
-        self._set(id, status="running", error=None)
-        self.watcher.running(id)
-
-    def on_result(self, id: str, result: dict[str, Any]) -> None:
-        entry = self.entries[id]
-        self.tracker.log(entry["run"], result["rows"])
-        self.watcher.progress(id, result["step"], result["steps"])
-        if time.time() - entry["updated"] > 2:
-            self._set(id, step=result["step"])
-
-    def on_end(self, id: str, error: str | None = None) -> None:
-        self.active.discard(id)
-        outcome = ledger.outcome(self.sweep, id)
-        if outcome:
-            self._set(id, **outcome)
-        else:
-            self._set(id, status="failed" if error else "stopped", error=error)
-        entry = self.entries[id]
-        if entry["status"] == "failed":
-            self._record_failure(entry)
-        self._track(entry)
-        ledger.write(self.sweep, entry)
-        self.watcher.ended(id, entry["status"], error)
-
-    def _set(self, id: str, **news: Any) -> None:
-        self.entries[id] = ledger.write(self.sweep, {**self.entries[id], **news})
-
-    def _track(self, entry: dict[str, Any]) -> None:
-        """Bring MLflow up to the records, and, where the trial has ended, to its end."""
-        if entry["run"]:
-            self.tracker.resume(entry["run"])
-        else:
-            entry["run"] = self.tracker.child(entry["trial"])
-        rows = records.scan(self.sweep, "scalars", entry["id"]).collect().iter_rows(named=True)
-        self.tracker.log(entry["run"], rows)
-        if entry["status"] == "waiting":
-            return
-        described = records.scan(self.sweep, "trials", entry["id"]).collect().to_dicts()
-        self.tracker.tag(
-            entry["run"], {**(described[0] if described else {}), "status": entry["status"]}
-        )
-        if entry["status"] in ledger.FINISHED:
-            spectra = self.sweep / "report" / "spectra" / f"{entry['id']}.parquet"
-            frame = records.scan(self.sweep, "spectra", entry["id"]).collect()
-            atomic.write(spectra, frame.write_parquet)
-            self.tracker.artifact(spectra, entry["run"], "spectra")
-            entry["tracked"] = True
-        self.tracker.finish(entry["run"], entry["status"])
-
-    def _record_failure(self, entry: dict[str, Any]) -> None:
-        rows = records.scan(self.sweep, "trials", entry["id"]).collect().to_dicts()
-        for row in rows:
-            records.write(
-                self.sweep, "trials", entry["id"], row["step"], [{**row, "status": "failed"}]
-            )
-
-
-def _tune(driver: _Driver, cache: Path) -> None:
+def _tune(driver: Driver, cache: Path) -> None:
     """Run the pending trials to their end, or until the user asks to stop."""
     os.environ.update(
         TUNE_DISABLE_AUTO_CALLBACK_LOGGERS="1",
         TUNE_DISABLE_SIGINT_HANDLER="1",
+        RAY_USAGE_STATS_ENABLED="0",
         TUNE_GLOBAL_CHECKPOINT_S="86400",  # its own state is of no use to us
         RAY_AIR_NEW_OUTPUT="0",
         RAY_worker_niceness="0",  # workers at Ray's 15 starve beside anything else
@@ -288,7 +188,7 @@ class _ForThisProcess:
 class _Callback(_ForThisProcess, tune.Callback):  # type: ignore[misc]
     """Tells the driver what Tune says."""
 
-    def __init__(self, driver: _Driver) -> None:
+    def __init__(self, driver: Driver) -> None:
         self.driver = driver
 
     def on_trial_start(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
@@ -309,7 +209,7 @@ class _Callback(_ForThisProcess, tune.Callback):  # type: ignore[misc]
 class _Stopper(_ForThisProcess, tune.Stopper):  # type: ignore[misc]
     """Ends the sweep once the user has asked for it and every running trial has saved itself."""
 
-    def __init__(self, driver: _Driver, stop_file: Path) -> None:
+    def __init__(self, driver: Driver, stop_file: Path) -> None:
         self.driver, self.stop_file = driver, stop_file
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:

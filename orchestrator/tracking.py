@@ -40,6 +40,7 @@ class Tracker:
             atomic.write_text(kept, json.dumps(known))
         self.uri, self.experiment, self.parent = uri, known["experiment"], known["parent"]
         self.client.update_run(self.parent, status="RUNNING")
+        self.grid = ""
         self.last: dict[str, dict[str, int]] = {}  # step reached, by run and metric
 
     def _experiment(self, uri: str, sweep: Path, name: str) -> str:
@@ -51,17 +52,36 @@ class Tracker:
             self.client.restore_experiment(found.experiment_id)
         return str(found.experiment_id)
 
-    def describe(self, note: str) -> None:
-        """What the sweep is, for those who find it in the UI."""
+    def describe(self, note: str, grid: str) -> None:
+        """What the sweep is, for those who find it in the UI; `grid` is the grid's hash."""
+        self.grid = grid
         self.client.set_experiment_tag(self.experiment, "mlflow.note.content", note)
         self.client.set_tag(self.parent, "mlflow.note.content", note)
+        self.tag(self.parent, {"grid": grid})
 
-    def child(self, trial: dict[str, Any]) -> str:
+    def children(self) -> dict[str, str]:
+        """The run of each trial that has one."""
+        found: dict[str, str] = {}
+        token = None
+        while True:
+            page = self.client.search_runs(
+                [self.experiment],
+                f"tags.`mlflow.parentRunId` = '{self.parent}'",
+                max_results=1000,
+                page_token=token,
+            )
+            found |= {run.data.tags["lmsat.trial"]: run.info.run_id for run in page}
+            if not (token := page.token):
+                return found
+
+    def child(self, trial: dict[str, Any], tags: dict[str, Any]) -> str:
         """A new run for a trial, under the sweep's."""
         from mlflow.entities import Param
 
-        tags = {"mlflow.parentRunId": self.parent, "lmsat.trial": trial["id"]}
-        run = self.client.create_run(self.experiment, tags=tags, run_name=trial["name"])
+        given = {"mlflow.parentRunId": self.parent, "lmsat.grid": self.grid}
+        given |= {f"lmsat.{key}": str(v) for key, v in tags.items() if v is not None}
+        given["lmsat.trial"] = trial["id"]
+        run = self.client.create_run(self.experiment, tags=given, run_name=trial["name"])
         params = [Param(key, str(value)[:6000]) for key, value in flat(trial)]
         self.client.log_batch(run.info.run_id, params=params)
         return str(run.info.run_id)
@@ -69,8 +89,7 @@ class Tracker:
     def tag(self, run: str, tags: dict[str, Any]) -> None:
         from mlflow.entities import RunTag
 
-        given = [RunTag(f"lmsat.{key}", str(v)) for key, v in tags.items() if v is not None]
-        self.client.log_batch(run, tags=given)
+        self.client.log_batch(run, tags=[RunTag(f"lmsat.{k}", str(v)) for k, v in tags.items()])
 
     def resume(self, run: str) -> None:
         """Take up a run again, from the steps it has."""

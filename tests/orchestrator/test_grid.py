@@ -140,6 +140,9 @@ def test_ids_know_a_texts_content_and_not_its_path(tmp_path: Path) -> None:
     assert found[0] == found[1] != found[2]
 
 
+ONLY_FILES = {"package": None, "files": "x.txt"}
+
+
 def test_paths_are_relative_to_the_grid_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -147,6 +150,13 @@ def test_paths_are_relative_to_the_grid_file(
     monkeypatch.chdir("/")
     trial = load(tmp_path, corpus={"files": "x.txt"}).trials[0]
     assert trial["corpus"]["files"] == str(tmp_path / "x.txt")
+    (tmp_path / "t.json").write_text("{}")
+    found = load(
+        tmp_path, tokenizer=["t.json", {"train_bpe": 300}], trials=[{"corpus": ONLY_FILES}]
+    )
+    (kept,) = found.raw["trials"]
+    assert kept["corpus"]["files"] == str(tmp_path / "x.txt")
+    assert found.raw["tokenizer"] == [str(tmp_path / "t.json"), {"train_bpe": 300}]
 
 
 def test_default_rates_are_the_sizes(tmp_path: Path) -> None:

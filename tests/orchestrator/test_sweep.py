@@ -137,6 +137,9 @@ def test_the_same_grid_again_trains_nothing(swept: Path) -> None:
     assert before == {p: p.stat().st_mtime_ns for p in (sweep / "records").rglob("*.parquet")}
     assert runs == {r.info.run_id for r in client.search_runs([experiment])}
     write_grid(swept)
+    # And by the grid that the sweep itself keeps.
+    kept = command("sweep", "--grid", str(sweep / "grid.yaml"), "--out", str(swept / "runs"))
+    assert kept.returncode == 0 and "4 of 4 trials are finished already" in kept.stderr
 
 
 def test_a_changed_grid_under_an_old_name_is_refused(swept: Path) -> None:

@@ -29,7 +29,7 @@ def history(tracker: tracking.Tracker, run: str, key: str) -> list[tuple[int, fl
 
 def test_a_driver_that_comes_back_doubles_nothing(uri: str, tmp_path: Path) -> None:
     first = tracking.Tracker(uri, tmp_path, "twice")
-    run = first.child(TRIAL)
+    run = first.child(TRIAL, {"rank": 2, "epochs": None})
     first.log(run, [row(1, 5.0), row(2, 4.0)])
     again = tracking.Tracker(uri, tmp_path, "twice")
     assert (again.parent, again.experiment) == (first.parent, first.experiment)
@@ -46,7 +46,11 @@ def test_a_driver_that_comes_back_doubles_nothing(uri: str, tmp_path: Path) -> N
 
 def test_runs_are_named_nested_and_described(uri: str, tmp_path: Path) -> None:
     tracker = tracking.Tracker(uri, tmp_path, "nested")
-    run = tracker.client.get_run(tracker.child(TRIAL))
+    tracker.describe("a note", "grid1")
+    run = tracker.client.get_run(tracker.child(TRIAL, {"rank": 2, "epochs": None}))
+    tags = {k: v for k, v in run.data.tags.items() if k.startswith("lmsat.")}
+    assert tags == {"lmsat.trial": "t1", "lmsat.rank": "2", "lmsat.grid": "grid1"}
+    assert tracker.children() == {"t1": run.info.run_id}
     assert run.info.run_name == "nano-8 r=2 s=0"
     assert run.data.tags["mlflow.parentRunId"] == tracker.parent
     assert run.data.params == {
@@ -59,14 +63,14 @@ def test_runs_are_named_nested_and_described(uri: str, tmp_path: Path) -> None:
 
 def test_what_mlflow_would_misstore_is_left_out(uri: str, tmp_path: Path) -> None:
     tracker = tracking.Tracker(uri, tmp_path, "finite")
-    run = tracker.child(TRIAL)
+    run = tracker.child(TRIAL, {"rank": 2, "epochs": None})
     tracker.log(run, [row(1, math.inf), row(2, math.nan), row(3, 1.0)])
     assert [step for step, *_ in history(tracker, run, "held_out/loss")] == [3]
 
 
 def test_thousands_of_rows_arrive(uri: str, tmp_path: Path) -> None:
     tracker = tracking.Tracker(uri, tmp_path, "many")
-    run = tracker.child(TRIAL)
+    run = tracker.child(TRIAL, {"rank": 2, "epochs": None})
     tracker.log(run, [row(i, float(i)) for i in range(2500)])
     assert len(history(tracker, run, "held_out/loss")) == 2500
 
