@@ -1,6 +1,9 @@
 """What tests share: real text cut small, and one trial of it."""
 
+import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -42,3 +45,22 @@ def tiny_trial(tiny_grid: Path) -> dict[str, Any]:
     from orchestrator import grid
 
     return grid.load(tiny_grid).trials[-1]
+
+
+def train_apart(
+    trial: dict[str, Any], sweep: Path, cache: Path, env: dict[str, str] | None = None
+) -> None:
+    """Train in a process of its own."""
+    code = (
+        "import json, sys\nfrom pathlib import Path\nfrom trainables import pretrain\n"
+        "trial, sweep, cache = json.load(sys.stdin)\n"
+        "assert pretrain.train(trial, Path(sweep), Path(cache)).status == 'done'\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        input=json.dumps([trial, str(sweep), str(cache)]),
+        text=True,
+        capture_output=True,
+        env=env,
+    )
+    assert done.returncode == 0, done.stderr

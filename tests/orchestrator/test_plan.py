@@ -9,6 +9,7 @@ import yaml
 from analysis import records
 from analysis.errors import BadInput
 from orchestrator import grid, plan
+from tests.conftest import train_apart
 from trainables import corpus, pretrain
 
 
@@ -68,28 +69,13 @@ def test_epochs_are_known_once_the_text_is_tokenised(tmp_path: Path) -> None:
 
 def test_memory_is_about_what_a_worker_needs(tmp_path: Path, cache: Path) -> None:
     """Within a third for a model whose states outweigh the process: nano-256 at V = 16384."""
-    import json
-    import subprocess
-    import sys
-
     fields = {
         "model": {"size": "nano-256"},
         "tokenizer": {"train_bpe": 16384},
         "train": {"tokens": 16384, "batch": 32, "sequence": 256},
     }
     trial = load(tmp_path, **fields).trials[0]
-    code = (
-        "import json, sys\nfrom pathlib import Path\nfrom trainables import pretrain\n"
-        "trial, sweep, cache = json.load(sys.stdin)\n"
-        "pretrain.train(trial, Path(sweep), Path(cache))\n"
-    )
-    subprocess.run(
-        [sys.executable, "-c", code],
-        input=json.dumps([trial, str(tmp_path / "s"), str(cache)]),
-        text=True,
-        check=True,
-        capture_output=True,
-    )
+    train_apart(trial, tmp_path / "s", cache)
     table = records.scan(tmp_path / "s", "scalars").filter(pl.col("metric") == "peak_memory")
     measured = table.select(pl.col("value").max()).collect().item()
     assert plan.plan(load(tmp_path, **fields), cache).costs[0].memory == pytest.approx(

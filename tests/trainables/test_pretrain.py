@@ -1,11 +1,8 @@
 """One trial, on a real DeepSpeed engine and real text."""
 
 import copy
-import json
 import math
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +12,7 @@ import pytest
 import torch
 
 from analysis import records
+from tests.conftest import train_apart
 from trainables import checkpoint, corpus, heads, pretrain
 
 OTHER = {"size": None, "residual": None}  # fields of a model that is not on the ladder
@@ -102,21 +100,10 @@ def _gpt2(folder: Path) -> Path:
 
 def test_zero_stages_agree(tiny_trial: dict[str, Any], tmp_path: Path, cache: Path) -> None:
     """In processes of their own: a ZeRO-3 engine is not freed."""
-    code = (
-        "import json, sys\nfrom pathlib import Path\nfrom trainables import pretrain\n"
-        "trial, sweep, cache = json.load(sys.stdin)\n"
-        "pretrain.train(trial, Path(sweep), Path(cache))\n"
-    )
     found = []
     for stage in range(4):
         trial = variant(tiny_trial, id=f"stage{stage}", deepspeed={"stage": stage})
-        subprocess.run(
-            [sys.executable, "-c", code],
-            input=json.dumps([trial, str(tmp_path), str(cache)]),
-            text=True,
-            check=True,
-            capture_output=True,
-        )
+        train_apart(trial, tmp_path, cache)
         assert final(tmp_path, trial)["gpt_neox.embed_in.weight"].shape == (1024, 16)
         found.append(scalars(tmp_path, trial).filter(pl.col("metric") == "loss")["value"])
     assert len(found[0]) == 48 + 2 * 4
@@ -288,24 +275,11 @@ def test_the_gradient_norm_is_the_gradients(
 
 def test_no_compiler_is_called(tiny_trial: dict[str, Any], tmp_path: Path, cache: Path) -> None:
     """On a PATH of compilers that only leave a note of their being called."""
-    code = (
-        "import json, sys\nfrom pathlib import Path\nfrom trainables import pretrain\n"
-        "trial, sweep, cache = json.load(sys.stdin)\n"
-        "print(pretrain.train(trial, Path(sweep), Path(cache)).status)\n"
-    )
     (tmp_path / "bin").mkdir()
     for name in ("cc", "gcc", "g++", "c++", "clang", "ld", "ninja", "nvcc"):
         compiler = tmp_path / "bin" / name
         compiler.write_text(f"#!/bin/sh\necho {name} $@ >> {tmp_path / 'called'}\nexit 1\n")
         compiler.chmod(0o755)
     env = {**os.environ, "PATH": str(tmp_path / "bin"), "TORCH_EXTENSIONS_DIR": str(tmp_path / "x")}
-    out = subprocess.run(
-        [sys.executable, "-c", code],
-        input=json.dumps([tiny_trial, str(tmp_path / "sweep"), str(cache)]),
-        text=True,
-        check=True,
-        capture_output=True,
-        env=env,
-    )
-    assert out.stdout.split()[-1] == "done"
+    train_apart(tiny_trial, tmp_path / "sweep", cache, env)
     assert not (tmp_path / "called").exists(), (tmp_path / "called").read_text()
