@@ -54,7 +54,7 @@ def find(name: str) -> Path:
 def load(path: Path) -> Grid:
     """Read and validate a grid file. Raises BadInput, one line, with file and field."""
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        raw = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
@@ -73,6 +73,21 @@ def blame(path: Path) -> Iterator[None]:
         yield
     except BadInput as error:
         raise BadInput(f"{path}: {error}") from None
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML's safe loader, but a field given twice is an error: it would take the last and say
+    nothing."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            name = str(key.value) if isinstance(key, yaml.ScalarNode) else None
+            if name is None or name in seen:
+                problem = "a field's name is one word" if name is None else f"{name!r} stands twice"
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
+            seen.add(name)
+        return super().construct_mapping(node, deep)
 
 
 def _grid(raw: Any, path: Path) -> Grid:

@@ -72,12 +72,12 @@ def _plan(grid: Grid, cache: Path) -> Plan:
         vocabulary = _vocabulary(trial, text)
         form = shape(json.dumps([trial["model"], vocabulary, trial["train"]["sequence"]]))
         costs.append(_cost(trial, form, vocabulary, text, speed, gpu))
-    memory = _memory_here()
+    memory, where = _memory_here(gpu)
     for cost in costs:
-        if not gpu and cost.memory > memory:
+        if cost.memory > memory:
             raise BadInput(
                 f"{cost.name}: needs about {cost.memory / 1e9:.1f} GB of memory, "
-                f"this machine has {memory / 1e9:.1f} GB"
+                f"{where} has {memory / 1e9:.1f} GB"
             )
     seconds = sum(c.seconds for c in costs) / at_once
     return Plan(costs, at_once, max(seconds, max(c.seconds for c in costs)) / 3600)
@@ -167,10 +167,15 @@ def _fit(resources: dict[str, Any]) -> int:
     return min(at_once, int(gpus / resources["gpus"])) if resources["gpus"] else at_once
 
 
-def _memory_here() -> int:
+def _memory_here(gpu: bool) -> tuple[int, str]:
+    """Bytes, and of what."""
+    if gpu:
+        import torch
+
+        return int(torch.cuda.get_device_properties(0).total_memory), "a GPU here"
     import psutil
 
-    return int(psutil.virtual_memory().total)
+    return int(psutil.virtual_memory().total), "this machine"
 
 
 def _matmul_speed(gpu: bool) -> float:

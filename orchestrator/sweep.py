@@ -36,7 +36,8 @@ def run(
 
     Raises BadInput before anything is started or written where the grid cannot run here.
     """
-    sweep = out.resolve() / grid.name
+    sweep, uri = out.resolve() / grid.name, tracking_uri or tracking.default_uri(out)
+    tracking.check(uri)
     _check_same(grid, sweep)
     plan.plan(grid, cache)
     with blame(grid.path):
@@ -49,7 +50,6 @@ def run(
     with ledger.driving(sweep):
         _keep(grid, costs, sweep)
         watcher.preparing("opening MLflow")
-        uri = tracking_uri or tracking.default_uri(out)
         tracker = tracking.Tracker(uri, sweep, grid.name)
         tracker.describe(_note(grid, sweep), _hash(grid))
         driver = Driver(grid.trials, costs.costs, sweep, tracker, watcher)

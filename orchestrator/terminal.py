@@ -34,7 +34,7 @@ def _finite(value: Any) -> Any:
 
 def print_table(headers: Sequence[str], rows: Iterable[Sequence[str]], title: str = "") -> None:
     """To stdout, the first column to the left and the others to the right."""
-    table = Table(box=None, title=title or None, title_justify="left", pad_edge=False)
+    table = Table(box=None, title=title or None, title_justify="left", padding=(0, 1, 0, 0))
     for i, header in enumerate(headers):
         table.add_column(header, justify="left" if i == 0 else "right", no_wrap=True)
     for row in rows:
@@ -75,6 +75,13 @@ def duration(seconds: float) -> str:
     return f"{seconds} s"
 
 
+def _clock(seconds: float) -> str:
+    """Hours, minutes and seconds as 1:02:03, or 2:03."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
 def print_plan(plan: Plan, notices: list[str], as_json: bool) -> None:
     if as_json:
         trials = [asdict(cost) for cost in plan.costs]
@@ -95,7 +102,7 @@ def print_plan(plan: Plan, notices: list[str], as_json: bool) -> None:
             short(c.epochs),
             short(c.flops),
             short(c.memory, "B"),
-            duration(c.seconds),
+            _clock(c.seconds),
         )
         for c in plan.costs
     ]
@@ -110,7 +117,7 @@ def print_plan(plan: Plan, notices: list[str], as_json: bool) -> None:
         "",
         short(flops),
         "",
-        duration(seconds),
+        _clock(seconds),
     )
     print_table(headers, [*rows, total])
     print(
@@ -223,11 +230,11 @@ def print_losses(sweep: Path, as_json: bool) -> None:
     rows: dict[str, dict[int | None, str]] = {}
     for trial in losses.iter_rows(named=True):
         line = rows.setdefault(f"{trial['series']} s={trial['seed']}", {})
-        line[trial["rank"]] = f"{trial['loss']:.3f} ± {trial['stderr']:.3f}"
+        line[trial["rank"]] = f"{trial['loss']:.3f}±{trial['stderr']:.3f}".replace("±0.", "±.")
     print_table(
         ["", *(f"r = {r}" if r else "full" for r in ranks)],
         [[name, *(line.get(r, "") for r in ranks)] for name, line in rows.items()],
-        title="Held-out loss, nats per token ± standard error over blocks",
+        title="Held-out loss by head rank, nats per token ± standard error over blocks",
     )
     print(f"unigram cross-entropy of the same text: {tables.unigram_loss(losses):.3f}")
 
@@ -241,9 +248,9 @@ figure    {sweep / "report" / "loss_vs_rank.png"}
 records   {sweep / "records"}
 MLflow    {tracking_uri or tracking.default_uri(out)}
 
-next      lmsat ui{option}{"" if option else "                 "}      browse the runs
-          lmsat status {sweep.name}{option}      every trial
-          lmsat plan --grid {sweep / "grid.yaml"}      what it cost"""
+next      lmsat ui{option}
+          lmsat status {sweep.name}{option}
+          lmsat plan --grid {sweep / "grid.yaml"}"""
     )
 
 

@@ -21,6 +21,19 @@ def default_uri(out: Path) -> str:
     return f"sqlite:///{out.resolve() / 'mlflow.db'}"
 
 
+def check(uri: str) -> None:
+    """Raises BadInput where `uri` names no store, or a server that does not answer."""
+    import urllib.request
+
+    if "://" not in uri and not uri.startswith("databricks"):
+        raise BadInput(f"--tracking-uri: {uri!r} is no URI; a server is http://HOST:PORT")
+    if uri.startswith("http"):
+        try:
+            urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=10).close()
+        except OSError as error:
+            raise BadInput(f"--tracking-uri: no MLflow server answers at {uri}: {error}") from None
+
+
 class Tracker:
     """Writes one sweep into MLflow."""
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from analysis.errors import BadInput
+from trainables import hub
 
 
 class Size(NamedTuple):
@@ -105,6 +106,8 @@ def fingerprint(config: str) -> str:
 
 
 def _load(name: str) -> Any:
+    if not Path(name).exists():
+        hub.revision("model", name, "model.config")
     from transformers import AutoConfig
 
     try:
@@ -112,7 +115,7 @@ def _load(name: str) -> Any:
     except (OSError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
         raise BadInput(
-            f"model.config: {name!r} is no local configuration and no hub name: {reason}"
+            f"model.config: {name!r} holds no configuration of a model: {reason}"
         ) from None
 
 

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from analysis.errors import BadInput
-from trainables import text
+from trainables import hub, text
 from trainables.text import Document
 
 FORMAT = 1  # of the shards: a change makes every cache new
@@ -252,13 +252,14 @@ def load_tokenizer(name: str) -> Any:
             return Tokenizer.from_file(str(file))
         except Exception as error:  # the library raises bare Exception
             raise BadInput(f"tokenizer: {file}: {error}") from None
+    hub.revision("model", name, "tokenizer")
     from transformers import AutoTokenizer
 
     try:
         return AutoTokenizer.from_pretrained(name).backend_tokenizer
     except (OSError, ValueError, AttributeError) as error:
         reason = str(error).strip().split("\n")[0]
-        raise BadInput(f"tokenizer: {name!r} is no local file and no hub name: {reason}") from None
+        raise BadInput(f"tokenizer: {name!r} has no tokenizer to load: {reason}") from None
 
 
 def _train_bpe(entries: int, texts: Iterator[str], progress: Progress) -> Any:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from analysis.errors import BadInput
+from trainables import hub
 
 KINDS = (".txt", ".jsonl", ".parquet")
 
@@ -150,27 +151,12 @@ def _row(row: dict[str, Any], source: dict[str, Any], where: str) -> Document:
 
 def _hub_revision(name: str) -> str:
     """The commit a hub dataset stands at, or the contents of a local dataset directory."""
-    if Path(name).is_dir():
-        digest = hashlib.sha256()
-        for file in sorted(p for p in Path(name).rglob("*") if p.is_file()):
-            digest.update(str(file.relative_to(name)).encode() + file.read_bytes())
-        return digest.hexdigest()
-    import requests
-    from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return str(HfApi().dataset_info(name, timeout=20).sha)
-    except HFValidationError as error:
-        raise BadInput(f"corpus.hub: {error}") from None
-    except (HfHubHTTPError, requests.RequestException, OSError) as error:
-        try:
-            return Path(snapshot_download(name, repo_type="dataset", local_files_only=True)).name
-        except (LocalEntryNotFoundError, OSError):
-            reason = str(error).strip().split("\n")[0]
-            raise BadInput(
-                f"corpus.hub: cannot reach {name!r}, and no copy is cached: {reason}"
-            ) from None
+    if not Path(name).is_dir():
+        return hub.revision("dataset", name, "corpus.hub")
+    digest = hashlib.sha256()
+    for file in sorted(p for p in Path(name).rglob("*") if p.is_file()):
+        digest.update(str(file.relative_to(name)).encode() + file.read_bytes())
+    return digest.hexdigest()
 
 
 def _from_hub(source: dict[str, Any]) -> Iterator[Document]:

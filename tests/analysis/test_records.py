@@ -1,3 +1,4 @@
+import re
 from pathlib import Path
 
 import polars as pl
@@ -54,3 +55,11 @@ def test_rows_off_the_schema_are_refused_and_leave_nothing(tmp_path: Path) -> No
 @pytest.mark.parametrize("table", records.KEYS)
 def test_keys_are_columns(table: str) -> None:
     assert set(records.KEYS[table]) <= set(records.TABLES[table])
+
+
+def test_every_table_and_column_is_documented() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "records.md").read_text()
+    for table, columns in records.TABLES.items():
+        section = text.split(f"## {table}: ")[1].split("\n## ")[0]
+        described = re.findall(r"^\| ([a-z_, ]+) \|", section, re.MULTILINE)
+        assert set(columns) <= {name for cell in described for name in cell.split(", ")}, table

