@@ -60,7 +60,9 @@ class Driver:
     def on_start(self, id: str) -> None:
         entry = self.entries[id]
         self.active.add(id)
-        if not entry["run"]:
+        if entry["run"]:
+            self.tracker.restart(entry["run"])
+        else:
             entry["run"] = self._child(entry["trial"])
         self._set(id, status="running", error=None)
         self.watcher.running(id)
@@ -91,10 +93,7 @@ class Driver:
 
     def _track(self, entry: dict[str, Any]) -> None:
         """Bring MLflow up to the records, and, where the trial has ended, to its end."""
-        if entry["run"]:
-            self.tracker.resume(entry["run"])
-        else:
-            entry["run"] = self._child(entry["trial"])
+        entry["run"] = entry["run"] or self._child(entry["trial"])
         rows = records.scan(self.sweep, "scalars", entry["id"]).collect().iter_rows(named=True)
         self.tracker.log(entry["run"], rows)
         if entry["status"] == "waiting":

@@ -36,15 +36,15 @@ def run(
 
     Raises BadInput before anything is started or written where the grid cannot run here.
     """
-    sweep, uri = out.resolve() / grid.name, tracking_uri or tracking.default_uri(out)
-    tracking.check(uri)
+    sweep, uri = out.resolve() / grid.name, tracking.resolve(tracking_uri, out)
     _check_same(grid, sweep)
     plan.plan(grid, cache)
     with blame(grid.path):
         _check_text(grid, cache, watcher)
-    costs = plan.plan(grid, cache)  # again: the epochs are known now
+    costs = plan.plan(grid, cache).costs  # again: the epochs are known now
     try:
         sweep.mkdir(parents=True, exist_ok=True)
+        (sweep / "driver.lock").touch()
     except OSError as error:
         raise BadInput(f"--out: cannot write to {out}: {error.strerror}") from None
     with ledger.driving(sweep):
@@ -52,8 +52,8 @@ def run(
         watcher.preparing("opening MLflow")
         tracker = tracking.Tracker(uri, sweep, grid.name)
         tracker.describe(_note(grid, sweep), _hash(grid))
-        driver = Driver(grid.trials, costs.costs, sweep, tracker, watcher)
-        watcher.started(costs.costs, {i: e["status"] for i, e in driver.entries.items()})
+        driver = Driver(grid.trials, costs, sweep, tracker, watcher)
+        watcher.started(costs, {i: e["status"] for i, e in driver.entries.items()})
         try:
             if driver.pending:
                 _tune(driver, cache)
@@ -92,8 +92,8 @@ def _check_text(grid: Grid, cache: Path, watcher: Watcher) -> None:
                 )
 
 
-def _keep(grid: Grid, costs: plan.Plan, sweep: Path) -> None:
-    kept = {"grid": grid.raw, "trials": [dataclasses.asdict(c) for c in costs.costs]}
+def _keep(grid: Grid, costs: list[plan.Cost], sweep: Path) -> None:
+    kept = {"grid": grid.raw, "trials": [dataclasses.asdict(c) for c in costs]}
     atomic.write_text(sweep / "plan.json", json.dumps(kept, indent=1))
     atomic.write_text(sweep / "grid.yaml", yaml.safe_dump(grid.raw, sort_keys=False))
 

@@ -21,10 +21,15 @@ def default_uri(out: Path) -> str:
     return f"sqlite:///{out.resolve() / 'mlflow.db'}"
 
 
-def check(uri: str) -> None:
-    """Raises BadInput where `uri` names no store, or a server that does not answer."""
+def resolve(uri: str | None, out: Path) -> str:
+    """The store to use: `uri`, or a sqlite file beside the runs. Raises BadInput where it names no
+    store, or a server that does not answer."""
     import urllib.request
 
+    if uri is None:
+        return default_uri(out)
+    if uri.startswith("sqlite:///") and not uri.startswith("sqlite:////"):
+        return f"sqlite:///{Path(uri.removeprefix('sqlite:///')).resolve()}"
     if "://" not in uri and not uri.startswith("databricks"):
         raise BadInput(f"--tracking-uri: {uri!r} is no URI; a server is http://HOST:PORT")
     if uri.startswith("http"):
@@ -32,6 +37,7 @@ def check(uri: str) -> None:
             urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=10).close()
         except OSError as error:
             raise BadInput(f"--tracking-uri: no MLflow server answers at {uri}: {error}") from None
+    return uri
 
 
 class Tracker:
@@ -54,7 +60,7 @@ class Tracker:
         self.uri, self.experiment, self.parent = uri, known["experiment"], known["parent"]
         self.client.update_run(self.parent, status="RUNNING")
         self.grid = ""
-        self.last: dict[str, dict[str, int]] = {}  # step reached, by run and metric
+        self.steps: dict[str, dict[str, int]] = {}  # reached, by run and metric
 
     def _experiment(self, uri: str, sweep: Path, name: str) -> str:
         found = self.client.get_experiment_by_name(name)
@@ -97,6 +103,7 @@ class Tracker:
         run = self.client.create_run(self.experiment, tags=given, run_name=trial["name"])
         params = [Param(key, str(value)[:6000]) for key, value in flat(trial)]
         self.client.log_batch(run.info.run_id, params=params)
+        self.steps[run.info.run_id] = {}
         return str(run.info.run_id)
 
     def tag(self, run: str, tags: dict[str, Any]) -> None:
@@ -104,20 +111,18 @@ class Tracker:
 
         self.client.log_batch(run, tags=[RunTag(f"lmsat.{k}", str(v)) for k, v in tags.items()])
 
-    def resume(self, run: str) -> None:
-        """Take up a run again, from the steps it has."""
+    def restart(self, run: str) -> None:
+        """Show a run from before as running again."""
         self.client.update_run(run, status="RUNNING")
-        metrics = self.client.get_run(run).data.metrics
-        self.last[run] = {
-            key: max(m.step for m in self.client.get_metric_history(run, key)) for key in metrics
-        }
 
     def log(self, run: str, rows: Iterable[dict[str, Any]]) -> None:
         """Rows of `scalars` as metrics, with their own timestamps; those of steps that the run
         has already are left out, so nothing is there twice."""
         from mlflow.entities import Metric
 
-        last, metrics = self.last.setdefault(run, {}), []
+        if run not in self.steps:
+            self.steps[run] = self._reached(run)
+        last, metrics = self.steps[run], []
         for row in rows:
             key, value = metric_name(row), row["value"]
             # MLflow stores infinity as 1.8e308.
@@ -127,6 +132,12 @@ class Tracker:
             metrics.append(Metric(key, value, row["time"], row["step"]))
         for start in range(0, len(metrics), 1000):
             self.client.log_batch(run, metrics=metrics[start : start + 1000])
+
+    def _reached(self, run: str) -> dict[str, int]:
+        """The last step of each metric that a run has from before."""
+        keys = self.client.get_run(run).data.metrics
+        history = self.client.get_metric_history
+        return {key: max(metric.step for metric in history(run, key)) for key in keys}
 
     def finish(self, run: str, status: str) -> None:
         self.client.set_terminated(run, _STATUS[status])

@@ -33,7 +33,6 @@ def test_a_driver_that_comes_back_doubles_nothing(uri: str, tmp_path: Path) -> N
     first.log(run, [row(1, 5.0), row(2, 4.0)])
     again = tracking.Tracker(uri, tmp_path, "twice")
     assert (again.parent, again.experiment) == (first.parent, first.experiment)
-    again.resume(run)
     # The same step measured anew has another time; it is there already.
     again.log(run, [{**row(2, 4.0), "time": 1_800_000_000_000}, row(3, 3.5)])
     start = 1_700_000_000_000
@@ -86,3 +85,11 @@ def test_thousands_of_rows_arrive(uri: str, tmp_path: Path) -> None:
 )
 def test_metrics_have_speaking_names(fields: dict[str, Any], name: str) -> None:
     assert tracking.metric_name(row(1, 1.0, **fields)) == name
+
+
+def test_a_relative_store_is_where_the_user_stands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert tracking.resolve("sqlite:///a/b.db", Path("runs")) == f"sqlite:///{tmp_path}/a/b.db"
+    assert tracking.resolve(None, Path("runs")) == f"sqlite:///{tmp_path}/runs/mlflow.db"

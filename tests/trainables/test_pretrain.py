@@ -111,6 +111,28 @@ def test_zero_stages_agree(tiny_trial: dict[str, Any], tmp_path: Path, cache: Pa
         np.testing.assert_allclose(found[stage], found[0], atol=1e-3)
 
 
+def _worker(rank: int, trial: dict[str, Any], sweep: Path, cache: Path, store: Path) -> None:
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=2
+    )
+    pretrain.train(trial, sweep, cache)
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_the_loop_serves_two_workers_as_it_serves_one(
+    stage: int, tiny_trial: dict[str, Any], tmp_path: Path, cache: Path
+) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    pretrain.train(tiny_trial, one, cache)
+    trial = variant(tiny_trial, deepspeed={"stage": stage})
+    torch.multiprocessing.spawn(_worker, (trial, two, cache, tmp_path / "store"), nprocs=2)
+    a, b = scalars(one, tiny_trial), scalars(two, trial)
+    keys = ["step", "split", "metric", "layer"]
+    assert a.select(keys).equals(b.select(keys))
+    np.testing.assert_allclose(a["value"], b["value"], rtol=1e-3, atol=1e-4)
+
+
 def test_accumulation_changes_no_result(
     tiny_trial: dict[str, Any], tmp_path: Path, cache: Path
 ) -> None:
