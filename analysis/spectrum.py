@@ -60,3 +60,9 @@ def singular_entropy(sigma: Tensor, power: float = 2.0) -> float:
     p = (sigma / top) ** power
     p = p / p.sum()
     return math.log(len(sigma)) + torch.special.xlogy(p, p).sum().item()
+
+
+def numerical_rank(m: Tensor, tolerance: float = 1e-10) -> int:
+    """How many singular values of m lie above `tolerance` times the largest."""
+    sigma = singular_values(m)
+    return int((sigma > tolerance * sigma[0]).sum())

@@ -110,7 +110,7 @@ class Driver:
     def _child(self, trial: dict[str, Any]) -> str:
         cost = self.costs[trial["id"]]
         tags = {
-            "head": "full" if cost.rank is None else "low-rank",
+            "head": cost.head,
             "rank": cost.rank,
             "d": cost.d,
             "params": cost.params,

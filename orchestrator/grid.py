@@ -21,7 +21,7 @@ from pydantic import ValidationError
 
 from analysis.errors import BadInput
 from orchestrator import schema
-from trainables import backbones, corpus
+from trainables import backbones, corpus, heads
 
 SHIPPED = Path(__file__).parent / "grids"
 RECIPE = 1  # of training and probes: a change that moves results makes every id new
@@ -184,6 +184,12 @@ def _cells(base: dict[str, Any], entries: Any, axes: list[tuple[str, ...]]) -> l
     return product + added
 
 
+# Fields that a trial's name tells in its own way.
+_NAMED = {("model",), ("model", "size"), ("model", "config"), ("seed",), ("head",)} | {
+    ("head", field) for field in schema.Head.model_fields
+}
+
+
 def _trial(
     cell: dict[str, Any],
     axes: list[tuple[str, ...]],
@@ -203,10 +209,11 @@ def _trial(
         trial["train"]["lr"] = backbones.LADDER[size].lr
     if size and trial["model"]["residual"] is None:
         trial["model"]["residual"] = "parallel"
-    named = {("model",), ("model", "size"), ("model", "config"), ("head", "rank"), ("seed",)}
-    more = [f"{axis[-1]}={_at(cell, axis)}" for axis in axes if axis not in named]
+    trial["head"] = _plain_head(trial["head"])
+    more = [f"{axis[-1]}={_at(cell, axis)}" for axis in axes if axis not in _NAMED]
     model, rank = size or Path(trial["model"]["config"]).name, trial["head"]["rank"] or "full"
-    trial["name"] = " ".join([model, f"r={rank}", f"s={trial['seed']}", *more])
+    kind = [] if trial["head"]["kind"] == "linear" else [heads.label(trial["head"])]
+    trial["name"] = " ".join([model, *kind, f"r={rank}", f"s={trial['seed']}", *more])
     trial["text"] = identify(json.dumps([trial["corpus"], trial["tokenizer"]]))
     return {"id": _id(trial), **trial}
 
@@ -224,11 +231,13 @@ def _id(trial: dict[str, Any]) -> str:
 
 def _impossible(trial: dict[str, Any]) -> str | None:
     """Why a cell of the product makes no model, or None."""
-    rank, d = trial["head"]["rank"], backbones.width(trial["model"])
-    if rank is None:
-        return None
-    if trial["model"]["tied"]:
-        return f"rank {rank} left out where model.tied: a tied head is full"
-    if rank > d:
-        return f"rank {rank} left out at d = {d}: no head has a rank above d"
-    return None
+    return heads.impossible(trial["head"], backbones.width(trial["model"]), trial["model"]["tied"])
+
+
+def _plain_head(head: dict[str, Any]) -> dict[str, Any]:
+    """Without what its kind does not use: that makes no other trial."""
+    kind = head["kind"]
+    used = {"mos": {"experts"}, "backward": {"backward", "directions", "refresh"}}.get(kind, set())
+    if head["directions"] == "random":
+        used = used - {"refresh"}
+    return {k: v if k in {"kind", "rank", *used} else None for k, v in head.items()}

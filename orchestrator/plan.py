@@ -11,7 +11,7 @@ from typing import Any
 
 from analysis.errors import BadInput
 from orchestrator.grid import Grid, blame
-from trainables import backbones, corpus, schedule
+from trainables import backbones, corpus, heads, schedule
 
 # Measured with nano models on one core (docs/LOG.md): a step costs its matrix products at this
 # share of the core's own matmul speed, plus, for each of the V logits of a token, this many FLOPs'
@@ -28,6 +28,7 @@ class Cost:
     id: str
     name: str
     d: int
+    head: str
     rank: int | None
     params: int
     """All of them: both embeddings, the head as it is factored."""
@@ -91,14 +92,11 @@ def _cost(
     speed: float,
     gpu: bool,
 ) -> Cost:
-    t, rank = trial["train"], trial["head"]["rank"]
-    if trial["model"]["tied"]:
-        head = form.embedding
-        params = form.body + form.embedding
-    else:
-        head = rank * (vocabulary + form.d) if rank else vocabulary * form.d
-        params = form.body + form.embedding + head
-    per_token = 6 * (form.body + head) + 12 * form.layers * form.d * t["sequence"]
+    t = trial["train"]
+    head = heads.cost(trial["head"], vocabulary, form.d)
+    tied = form.embedding if trial["model"]["tied"] else 0
+    params = form.body + form.embedding + head.params - tied
+    per_token = 6 * (form.body + head.products) + 12 * form.layers * form.d * t["sequence"]
     if gpu:
         step = t["batch"] * t["sequence"] * per_token / (GPU_SHARE * speed)
     else:
@@ -112,7 +110,8 @@ def _cost(
         id=trial["id"],
         name=trial["name"],
         d=form.d,
-        rank=rank,
+        head=heads.label(trial["head"]),
+        rank=trial["head"]["rank"],
         params=params,
         params_without_embeddings=form.body,
         tokens=t["tokens"],

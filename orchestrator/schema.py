@@ -92,8 +92,28 @@ class Model(_Section):
 class Head(_Section):
     """The softmax head."""
 
+    kind: Literal["linear", "sigsoftmax", "monotone", "mlp", "mos", "backward"] = "linear"
+    """linear: softmax(W h). sigsoftmax: p ~ exp(z) sigmoid(z). monotone: softmax of a learnable
+    increasing function of the logits. mlp: A B gelu(C h)
+    with the parameters of a linear head of that rank. mos: a mixture of softmaxes. backward: a
+    full head whose hidden gradient passes through few directions only."""
     rank: Annotated[Positive | None, BeforeValidator(lambda r: None if r == "full" else r)] = None
     """r of W = A B (A: V x r, B: r x d), or full."""
+    experts: Positive | None = None
+    """Of mos: how many softmaxes."""
+    backward: Positive | None = None
+    """Of backward: how many directions."""
+    directions: Literal["own", "random"] = "own"
+    """Of backward: the top right singular vectors of W, or a random subspace, its control."""
+    refresh: Positive = 100
+    """Of backward: steps after which its own directions are found anew."""
+
+    @model_validator(mode="after")
+    def _whole(self) -> "Head":
+        for kind, needed in (("mos", "experts"), ("backward", "backward")):
+            if self.kind == kind and getattr(self, needed) is None:
+                raise ValueError(f"{needed}: missing for {kind}")
+        return self
 
 
 class Train(_Section):

@@ -1,23 +1,28 @@
 """The head zoo: what turns a hidden state (d) into log-probabilities over the vocabulary (V).
 
-A head called with hidden states alone gives logits; called with labels too, the mean loss in nats
-per token, without ever holding all the logits.
+A head called with hidden states alone gives logits: numbers whose softmax is its distribution.
+Called with labels too it gives the mean loss in nats per token, in fp32 or better, without ever
+holding all the logits.
 """
 
-from typing import NamedTuple
+import math
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 CHUNK = 512  # tokens whose logits exist at once
+KNOTS, REACH = 32, 16.0  # of the monotone function: so many pieces between -REACH and REACH
 
 
 class LinearHead(nn.Module):
-    """A head whose logits are W h: full, or of rank r as W = A B."""
+    """Logits W h: full, or of rank r as W = A B. The parent of the zoo."""
 
     A: nn.Parameter | None
     B: nn.Parameter | None
+    refresh: int | None = None
 
     def __init__(self, vocabulary: int, d: int, rank: int | None) -> None:
         """W (V x d), or A (V x r) and B (r x d), drawn from the global generator.
@@ -32,34 +37,232 @@ class LinearHead(nn.Module):
         at the same learning rate (docs/LOG.md), which would pass for a bottleneck.
         """
         super().__init__()
-
-        def normal(rows: int, columns: int, deviation: float) -> nn.Parameter:
-            return nn.Parameter(torch.randn(rows, columns) * deviation)
-
         if rank is None:
-            self.weight = normal(vocabulary, d, d**-0.5)
+            self.weight = _normal(vocabulary, d, d**-0.5)
             self.A = self.B = None
         else:
-            self.A = normal(vocabulary, rank, rank**-0.5 * rank / d)
-            self.B = normal(rank, d, d**-0.5 * d / rank)
+            self.A = _normal(vocabulary, rank, rank**-0.5 * rank / d)
+            self.B = _normal(rank, d, d**-0.5 * d / rank)
 
     def factors(self) -> tuple[Tensor, Tensor | None]:
-        """(W, None) or (A, B)."""
+        """(W, None) or (A, B): the matrix that faces the vocabulary."""
         return (self.weight, None) if self.A is None else (self.A, self.B)
 
-    def forward(self, hidden: Tensor, labels: Tensor | None = None) -> Tensor:
-        """hidden (... x d) -> logits (... x V); with labels (...), the mean loss, in fp32."""
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden (... x d) -> logits (... x V)."""
         out, down = self.factors()
-        if down is not None:
-            hidden = F.linear(hidden, down)
-        if labels is None:
-            return F.linear(hidden, out)
+        return F.linear(hidden if down is None else F.linear(hidden, down), out)
+
+    def loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        """Mean loss of n tokens (hidden n x d, labels n)."""
+        out, down = self.factors()
         return F.linear_cross_entropy(
-            hidden.flatten(0, -2).float(),
-            out.float(),
-            labels.flatten(),
+            _wide(hidden if down is None else F.linear(hidden, down)),
+            _wide(out),
+            labels,
             options=nn.LinearCrossEntropyOptions(batch_chunk_size=CHUNK),
         )
+
+    def forward(self, hidden: Tensor, labels: Tensor | None = None) -> Tensor:
+        """hidden (... x d) -> logits (... x V); with labels (...), the mean loss."""
+        if labels is None:
+            return self.logits(hidden)
+        return self.loss(hidden.flatten(0, -2), labels.flatten())
+
+    def renew(self) -> None:
+        """Called by the training loop every `refresh` steps, with the head's parameters whole."""
+
+
+class _Chunked(LinearHead):
+    """A head whose logits are not linear: each chunk's are made again in the backward pass."""
+
+    def loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        def part(h: Tensor, y: Tensor) -> Tensor:
+            return F.cross_entropy(_wide(self.logits(h)), y, reduction="sum")
+
+        total = hidden.new_zeros((), dtype=_wide(hidden[:0]).dtype)
+        for h, y in zip(hidden.split(CHUNK), labels.split(CHUNK), strict=True):
+            total = total + checkpoint(part, h, y, use_reentrant=False)
+        return total / len(labels)
+
+
+class Sigsoftmax(_Chunked):
+    """p proportional to exp(z) sigmoid(z), z = W h: Kanai et al. 2018 (1805.10829)."""
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        z = _wide(super().logits(hidden))
+        return z + F.logsigmoid(z)
+
+
+class Monotone(_Chunked):
+    """Softmax of f(z), z = W h, with one learnable increasing f: Ganea et al. 2019 (1902.08077).
+
+    f is piecewise linear with KNOTS pieces of positive slope between -REACH and REACH and goes on
+    with its outer slopes beyond; it starts as the identity.
+    """
+
+    def __init__(self, vocabulary: int, d: int, rank: int | None) -> None:
+        super().__init__(vocabulary, d, rank)
+        self.slopes = nn.Parameter(torch.full((KNOTS,), math.log(math.e - 1)))  # softplus: 1
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        z = _wide(super().logits(hidden))
+        slopes, width = F.softplus(_wide(self.slopes)), 2 * REACH / KNOTS
+        at = ((z.detach() + REACH) / width).floor().clamp(0, KNOTS - 1).long()
+        below = F.pad(slopes.cumsum(0)[:-1], (1, 0)) * width - REACH
+        return below[at] + slopes[at] * (z + REACH - at * width)
+
+
+class Mlp(_Chunked):
+    """Logits A B gelu(C h): a small network before an output of rank r - 1, with at most the
+    parameters of a linear head of rank r.
+
+    C is m x d, m as large as the rank given up pays for: floor((V + r d) / (d + r - 1)). A network
+    of r units alone (A gelu(B h)) died in training: every unit turned negative for every token.
+    """
+
+    def __init__(self, vocabulary: int, d: int, rank: int) -> None:
+        width = mlp_width(vocabulary, d, rank)
+        super().__init__(vocabulary, width, rank - 1)
+        self.C = _normal(width, d, d**-0.5)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return super().logits(F.gelu(F.linear(hidden, self.C)))
+
+
+def mlp_width(vocabulary: int, d: int, rank: int) -> int:
+    return (vocabulary + rank * d) // (d + rank - 1)
+
+
+class MixtureOfSoftmaxes(_Chunked):
+    """p = sum_k pi_k softmax(A tanh(B_k h)), pi = softmax(P h): Yang et al. 2018 (1711.03953).
+
+    K experts share A (V x r, or V x d where no rank is given); B_k is r x d, P is K x d.
+    """
+
+    def __init__(self, vocabulary: int, d: int, rank: int | None, experts: int) -> None:
+        super().__init__(vocabulary, rank or d, None)
+        r = rank or d
+        self.experts = _normal(experts * r, d, d**-0.5)
+        self.prior = _normal(experts, d, d**-0.5)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Log-probabilities: a mixture has no logits of its own."""
+        states = torch.tanh(F.linear(hidden, self.experts)).unflatten(-1, (len(self.prior), -1))
+        each = _wide(F.linear(states, self.weight)).log_softmax(-1)
+        weight = _wide(F.linear(hidden, self.prior)).log_softmax(-1)
+        return torch.logsumexp(each + weight.unsqueeze(-1), dim=-2)
+
+
+class LowRankBackward(LinearHead):
+    """A full head whose gradient reaches the backbone through r directions only.
+
+    Forward pass and gradient of W are exact; the gradient of the hidden states is multiplied by
+    Q Q^T (Q: d x r, orthonormal), not rescaled. Q holds the top right singular vectors of W, found
+    anew every `refresh` steps, or, as its control, a random subspace drawn once. It tells gradient
+    flow from expressivity: Godey & Artzi 2026 (2603.10145) and its critics.
+    """
+
+    basis: Tensor
+
+    def __init__(self, vocabulary: int, d: int, backward: int, refresh: int | None) -> None:
+        super().__init__(vocabulary, d, None)
+        self.refresh = refresh
+        basis, _ = torch.linalg.qr(torch.randn(d, backward))
+        self.register_buffer("basis", basis)
+
+    def renew(self) -> None:
+        w = self.weight.detach().double()
+        self.basis.copy_(torch.linalg.eigh(w.T @ w).eigenvectors[:, -self.basis.shape[1] :])
+
+    def loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        return super().loss(_Through.apply(hidden, self.basis), labels)
+
+
+class _Through(torch.autograd.Function):
+    """The identity, whose gradient passes through a subspace."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, basis: Tensor) -> Tensor:
+        ctx.save_for_backward(basis)
+        return hidden.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (basis,) = ctx.saved_tensors
+        return gradient @ basis @ basis.T, None
+
+
+def make(head: dict[str, Any], vocabulary: int, d: int) -> LinearHead:
+    """The head of a trial's `head` section, drawn from the global generator."""
+    kind, rank = head["kind"], head["rank"]
+    if kind == "mos":
+        return MixtureOfSoftmaxes(vocabulary, d, rank, head["experts"])
+    if kind == "backward":
+        refresh = head["refresh"] if head["directions"] == "own" else None
+        return LowRankBackward(vocabulary, d, head["backward"], refresh)
+    if kind == "mlp":
+        return Mlp(vocabulary, d, rank)
+    plain = {"linear": LinearHead, "sigsoftmax": Sigsoftmax, "monotone": Monotone}
+    return plain[kind](vocabulary, d, rank)
+
+
+def label(head: dict[str, Any]) -> str:
+    """What to call it: full, low-rank, mos-4, backward-8-own, ..."""
+    if head["kind"] == "linear":
+        return "low-rank" if head["rank"] else "full"
+    if head["kind"] == "backward":
+        return f"backward-{head['backward']}-{head['directions']}"
+    return f"mos-{head['experts']}" if head["kind"] == "mos" else head["kind"]
+
+
+def impossible(head: dict[str, Any], d: int, tied: bool) -> str | None:
+    """Why there is no such head on hidden states of size d, or None."""
+    rank, kind = head["rank"], head["kind"]
+    if rank and tied:
+        return f"rank {rank} left out where model.tied: a tied head is full"
+    if kind in ("mos", "mlp") and tied:
+        return f"{kind} left out where model.tied: it has no W of its own to tie"
+    if rank and rank > d:
+        return f"rank {rank} left out at d = {d}: no head has a rank above d"
+    if kind == "mlp" and (rank or 1) < 2:
+        return f"mlp left out at rank {rank or 'full'}: it needs a rank of 2 or more"
+    if kind == "backward" and rank:
+        return f"backward left out at rank {rank}: its head is full"
+    if kind == "backward" and head["backward"] > d:
+        return f"backward {head['backward']} left out at d = {d}: there are no more directions"
+    return None
+
+
+class HeadCost(NamedTuple):
+    """Of a head, for the plan."""
+
+    params: int
+    products: int
+    """Multiply-adds a token, forward."""
+
+
+def cost(head: dict[str, Any], vocabulary: int, d: int) -> HeadCost:
+    """In closed form."""
+    r = head["rank"] or d
+    if head["kind"] == "mos":
+        k = head["experts"]
+        return HeadCost(vocabulary * r + k * r * d + k * d, k * (vocabulary * r + r * d + d))
+    if head["kind"] == "mlp":
+        m = mlp_width(vocabulary, d, r)
+        small = (r - 1) * (vocabulary + m) + m * d
+        return HeadCost(small, small)
+    linear = r * (vocabulary + d) if head["rank"] else vocabulary * d
+    return HeadCost(linear + (KNOTS if head["kind"] == "monotone" else 0), linear)
+
+
+def _normal(rows: int, columns: int, deviation: float) -> nn.Parameter:
+    return nn.Parameter(torch.randn(rows, columns) * deviation)
+
+
+def _wide(x: Tensor) -> Tensor:
+    """In fp32, or float64 where it is."""
+    return x if x.dtype == torch.float64 else x.float()
 
 
 class TokenStats(NamedTuple):
@@ -79,7 +282,7 @@ def token_stats(head: nn.Module, hidden: Tensor, labels: Tensor) -> TokenStats:
     """
     losses, correct = [], []
     for h, y in zip(hidden.split(CHUNK), labels.split(CHUNK), strict=True):
-        logits = head(h).float()
+        logits = _wide(head(h))
         losses.append(F.cross_entropy(logits, y, reduction="none"))
         correct.append(logits.argmax(-1) == y)
     return TokenStats(torch.cat(losses), torch.cat(correct))

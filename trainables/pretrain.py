@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from trainables import backbones, checkpoint, corpus, engine, memory, probes, schedule
+from trainables import backbones, checkpoint, corpus, engine, heads, memory, probes, schedule
 from trainables.heads import LinearHead, TokenStats, token_stats
 from trainables.recorder import Recorder, Report
 
@@ -57,7 +57,7 @@ def build(trial: dict[str, Any], vocabulary: int) -> LanguageModel:
     config = backbones.configuration(trial["model"], vocabulary, trial["train"]["sequence"])
     model = backbones.build(config)
     d = model.get_output_embeddings().weight.shape[1]
-    head = LinearHead(vocabulary, d, trial["head"]["rank"])
+    head = heads.make(trial["head"], vocabulary, d)
     if trial["model"]["tied"]:
         head.weight = model.get_input_embeddings().weight
     # Assigning to the attribute (model.embed_out = ...) would leave the old head in use.
@@ -75,7 +75,7 @@ def describe(trial: dict[str, Any], model: LanguageModel, text: corpus.Corpus) -
         "name": trial["name"],
         "kind": trial["kind"],
         "size": trial["model"]["size"] or trial["model"]["config"],
-        "head": "full" if rank is None else "low-rank",
+        "head": heads.label(trial["head"]),
         "rank": rank,
         "seed": trial["seed"],
         "d": embedding.shape[1],
@@ -174,6 +174,10 @@ class _Training:
                 )
             if stopping:
                 return Outcome("stopped", step)
+            head = self.model.head
+            if head.refresh and step % head.refresh == 0:
+                with engine.gathered(head):
+                    head.renew()
             if not self._train_step(step, log=(step + 1) % logged == 0):
                 status = "diverged"
                 break

@@ -4,6 +4,7 @@ A probe is a class made for one measurement: it sees every evaluation batch once
 then says what it found. `PROBES` is all there is to register one.
 """
 
+import copy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -143,7 +144,30 @@ class HeadSpectrum:
         return found
 
 
-PROBES = (Loss, LastLayer, HeadSpectrum)
+class AchievedRank:
+    """Rank of the log-probability matrix of 2 d held-out tokens, in float64, centred over the
+    vocabulary (a linear head of rank r reaches at most r; heads of the zoo may pass it)."""
+
+    def __init__(self, unigram: Tensor) -> None:
+        self.states: list[Tensor] = []
+
+    def update(self, batch: Batch) -> None:
+        if batch.split == "held_out":
+            states = batch.hidden.flatten(0, 1)
+            missing = 2 * states.shape[1] - sum(map(len, self.states))
+            self.states.append(states[: max(0, missing)])
+
+    def found(self, head: LinearHead) -> Found:
+        found = Found()
+        exact, states = copy.deepcopy(head).double(), torch.cat(self.states).double()
+        log_probs = exact.logits(states).log_softmax(-1)  # its call would wake ZeRO-3
+        if log_probs.isfinite().all():
+            centred = log_probs - log_probs.mean(-1, keepdim=True)
+            found.scalar("achieved_rank", spectrum.numerical_rank(centred.T), "held_out")
+        return found
+
+
+PROBES = (Loss, LastLayer, HeadSpectrum, AchievedRank)
 
 
 def measure(head: LinearHead, batches: Any, unigram: Tensor) -> Found:

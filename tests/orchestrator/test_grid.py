@@ -96,6 +96,33 @@ def test_impossible_cells_are_left_out_with_a_notice(tmp_path: Path) -> None:
     assert len(tied.trials) == 3 and "a tied head is full" in tied.notices[0]
 
 
+def test_the_zoo_enters_by_name(tmp_path: Path) -> None:
+    kinds = ["linear", "sigsoftmax", "monotone", "mlp", "mos", "backward"]
+    head = {"kind": kinds, "rank": [4, "full"], "experts": 3, "backward": 2}
+    found = load(tmp_path, model={"size": "nano-8"}, head=head)
+    assert names(found) == [
+        "nano-8 r=4 s=0",
+        "nano-8 r=full s=0",
+        "nano-8 sigsoftmax r=4 s=0",
+        "nano-8 sigsoftmax r=full s=0",
+        "nano-8 monotone r=4 s=0",
+        "nano-8 monotone r=full s=0",
+        "nano-8 mlp r=4 s=0",
+        "nano-8 mos-3 r=4 s=0",
+        "nano-8 mos-3 r=full s=0",
+        "nano-8 backward-2-own r=full s=0",
+    ]
+    assert found.notices == [
+        "mlp left out at rank full: it needs a rank of 2 or more",
+        "backward left out at rank 4: its head is full",
+    ]
+    # What a kind does not use makes no other trial.
+    plain = load(tmp_path, model={"size": "nano-8"}, head={"kind": "linear", "rank": 4})
+    assert ids(plain) == ids(found)[:1]
+    wide = load(tmp_path, model={"size": "nano-8"}, head={"kind": "backward", "backward": [2, 16]})
+    assert wide.notices == ["backward 16 left out at d = 8: there are no more directions"]
+
+
 def ids(found: grid.Grid) -> list[str]:
     return [t["id"] for t in found.trials]
 

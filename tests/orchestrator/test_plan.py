@@ -29,7 +29,14 @@ def cost(folder: Path, **fields: Any) -> plan.Cost:
 
 
 @pytest.mark.parametrize(
-    ("head", "tied"), [({"rank": "full"}, False), ({"rank": "full"}, True), ({"rank": 3}, False)]
+    ("head", "tied"),
+    [
+        ({"rank": "full"}, False),
+        ({"rank": "full"}, True),
+        ({"rank": 3}, False),
+        ({"kind": "mos", "experts": 3}, False),
+        ({"kind": "sigsoftmax"}, True),
+    ],
 )
 def test_parameters_are_those_of_the_model_that_trains(
     tmp_path: Path, head: dict[str, Any], tied: bool

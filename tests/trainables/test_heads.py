@@ -1,9 +1,11 @@
 import math
+from typing import Any
 
 import pytest
 import torch
 
-from trainables import backbones, pretrain
+from analysis import spectrum
+from trainables import backbones, heads, pretrain
 from trainables.heads import CHUNK, LinearHead, token_stats
 
 V, D = 101, 16
@@ -89,9 +91,169 @@ def test_bf16_states_give_a_loss_in_fp32() -> None:
     assert loss.item() == pytest.approx(exact.item(), abs=1e-5)
 
 
+def section(kind: str, rank: int | None = None, **fields: Any) -> dict[str, Any]:
+    unused = dict.fromkeys(("experts", "backward", "directions", "refresh"))
+    return {**unused, "kind": kind, "rank": rank, **fields}
+
+
+ZOO = [
+    section("linear"),
+    section("linear", 3),
+    section("sigsoftmax"),
+    section("sigsoftmax", 3),
+    section("monotone"),
+    section("monotone", 3),
+    section("mlp", 3),
+    section("mos", experts=4),
+    section("mos", 3, experts=2),
+    section("backward", backward=3, directions="own", refresh=10),
+    section("backward", backward=3, directions="random"),
+]
+
+
+def reference(head: heads.LinearHead, kind: str, h: torch.Tensor) -> torch.Tensor:
+    """Log-probabilities from probabilities, token by token, as the papers write them."""
+    w = {name: p.double() for name, p in head.named_parameters()}
+    if kind == "mos":
+        out, k = w["weight"], len(w["prior"])
+        pi = torch.softmax(w["prior"] @ h, 0)
+        each = w["experts"].view(k, -1, len(h))
+        return torch.log(
+            sum(pi[i] * torch.softmax(out @ torch.tanh(each[i] @ h), 0) for i in range(k))
+        )
+    if kind == "mlp":
+        z = w["A"] @ w["B"] @ torch.nn.functional.gelu(w["C"] @ h)
+    else:
+        z = (w["weight"] if "weight" in w else w["A"] @ w["B"]) @ h
+    if kind == "sigsoftmax":
+        p = torch.exp(z) / (1 + torch.exp(-z))
+        return torch.log(p / p.sum())
+    if kind == "monotone":
+        slopes = torch.log(1 + torch.exp(w["slopes"]))
+        edges = torch.linspace(-16, 16, 33, dtype=torch.float64)
+        values = torch.cat([torch.tensor([-16.0]).double(), -16 + slopes.cumsum(0)])
+        z = torch.stack([_piecewise(x, edges, values, slopes) for x in z])
+    return torch.log(torch.softmax(z, 0))
+
+
+def _piecewise(x: Any, edges: Any, values: Any, slopes: Any) -> torch.Tensor:
+    i = min(max(math.floor(float(x) + 16), 0), 31)
+    return values[i] + slopes[i] * (x - edges[i])
+
+
+@pytest.mark.parametrize("given", ZOO, ids=heads.label)
+def test_every_head_is_its_formula(given: dict[str, Any]) -> None:
+    """Values, loss and all gradients in float64, over more than one chunk; fp32 beside it."""
+    torch.manual_seed(3)
+    n, v, d = CHUNK + 5, 11, 6
+    head = heads.make(given, v, d).double()
+    with torch.no_grad():
+        for p in head.parameters():  # off its start, where a monotone function is the identity
+            p.mul_(1 + torch.rand_like(p)).add_(0.1)
+    hidden = 3 * torch.randn(n, d, dtype=torch.float64)
+    labels = torch.randint(v, (n,))
+    wanted = torch.stack([reference(head, given["kind"], h) for h in hidden])
+    assert torch.allclose(head(hidden).log_softmax(-1), wanted, atol=1e-10)
+
+    ours, theirs = hidden.clone().requires_grad_(), hidden.clone().requires_grad_()
+    loss = head(ours, labels)
+    loss.backward()
+    gradients = {name: p.grad.clone() for name, p in head.named_parameters()}
+    head.zero_grad()
+    plain = -torch.stack([reference(head, given["kind"], h) for h in theirs])[range(n), labels]
+    plain.mean().backward()
+    assert loss.item() == pytest.approx(plain.mean().item(), abs=1e-12)
+    for name, p in head.named_parameters():
+        assert torch.allclose(gradients[name], p.grad, atol=1e-10), name
+    if given["kind"] == "backward":
+        q = head.basis
+        assert torch.allclose(q.T @ q, torch.eye(3, dtype=torch.float64), atol=1e-6)
+        assert torch.allclose(ours.grad, theirs.grad @ q @ q.T, atol=1e-10)
+        assert not torch.allclose(ours.grad, theirs.grad, atol=1e-6)
+    else:
+        assert torch.allclose(ours.grad, theirs.grad, atol=1e-10)
+    single = head.float()(hidden.float(), labels)
+    assert single.dtype == torch.float32
+    assert single.item() == pytest.approx(loss.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("given", ZOO, ids=heads.label)
+def test_every_head_states_its_parameters(given: dict[str, Any]) -> None:
+    head = heads.make(given, 50, 8)
+    assert heads.cost(given, 50, 8).params == sum(p.numel() for p in head.parameters())
+
+
+@pytest.mark.parametrize(("v", "d", "rank"), [(4096, 64, 16), (49152, 576, 64), (1024, 16, 2)])
+def test_a_small_network_costs_a_linear_head_of_its_rank(v: int, d: int, rank: int) -> None:
+    mlp, linear = (heads.cost(section(k, rank), v, d).params for k in ("mlp", "linear"))
+    assert 0 <= linear - mlp < d + rank
+
+
+@pytest.mark.parametrize("given", ZOO, ids=heads.label)
+def test_every_heads_products_are_counted_by_torch(given: dict[str, Any]) -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    head, counter = heads.make(given, 50, 8), FlopCounterMode(display=False)
+    with counter:
+        head(torch.randn(7, 8))
+    assert counter.get_total_flops() == 2 * 7 * heads.cost(given, 50, 8).products
+
+
+@pytest.mark.parametrize("given", ZOO, ids=heads.label)
+def test_every_head_starts_near_ln_v(given: dict[str, Any]) -> None:
+    torch.manual_seed(4)
+    head = heads.make(given, 4096, 64)
+    loss = head(torch.randn(256, 64), torch.randint(4096, (256,))).item()
+    assert math.log(4096) - 0.2 < loss < math.log(4096) + 1.2
+
+
+def achieved(given: dict[str, Any]) -> int:
+    """Rank of the centred log-probabilities of 40 states in 8 dimensions, V = 60."""
+    torch.manual_seed(5)
+    head = heads.make(given, 60, 8).double()
+    log_probs = head(3 * torch.randn(40, 8, dtype=torch.float64)).log_softmax(-1)
+    return spectrum.numerical_rank((log_probs - log_probs.mean(-1, keepdim=True)).T)
+
+
+def test_only_what_is_not_linear_passes_the_rank() -> None:
+    assert achieved(section("linear")) == 8
+    assert achieved(section("linear", 3)) == 3
+    assert achieved(section("mlp", 3)) == 2
+    assert achieved(section("mos", experts=4)) == 40
+    assert achieved(section("mos", 3, experts=4)) == 40
+    assert achieved(section("sigsoftmax", 3)) > 20
+    assert achieved(section("monotone", 3)) == 3  # the identity, at its start
+
+
+def test_own_directions_are_the_heads_top_ones() -> None:
+    head = heads.make(section("backward", backward=2, directions="own", refresh=10), 50, 8)
+    head.renew()
+    top = torch.linalg.svd(head.weight.double()).Vh[:2].T
+    ours = head.basis.double()
+    assert torch.allclose(ours @ ours.T, top @ top.T, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "given", [section("mos", experts=4), section("sigsoftmax")], ids=heads.label
+)
+def test_no_head_holds_all_logits_for_its_backward_pass(given: dict[str, Any]) -> None:
+    """What autograd keeps between the passes is a few tokens' worth of logits at most."""
+    head, n, v = heads.make(given, 2000, 8), 4 * CHUNK, 2000
+    kept = 0
+
+    def count(tensor: torch.Tensor) -> torch.Tensor:
+        nonlocal kept
+        kept += tensor.numel()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        head(torch.randn(n, 8), torch.randint(v, (n,)))
+    assert kept < n * v / 20
+
+
 def trial(rank: int | None, tied: bool = False) -> dict:
     model = {"size": "nano-16", "config": None, "residual": "parallel", "tied": tied}
-    return {"seed": 0, "model": model, "head": {"rank": rank}, "train": {"sequence": 32}}
+    return {"seed": 0, "model": model, "head": section("linear", rank), "train": {"sequence": 32}}
 
 
 @pytest.mark.parametrize("rank", [None, 3])
