@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
 from analysis import tables
 from orchestrator import ledger, tracking
@@ -34,11 +35,13 @@ def _finite(value: Any) -> Any:
 
 def print_table(headers: Sequence[str], rows: Iterable[Sequence[str]], title: str = "") -> None:
     """To stdout, the first column to the left and the others to the right."""
-    table = Table(box=None, title=title or None, title_justify="left", padding=(0, 1, 0, 0))
+    if title:
+        print(title)
+    table = Table(box=None, padding=(0, 1, 0, 0))
     for i, header in enumerate(headers):
         table.add_column(header, justify="left" if i == 0 else "right", no_wrap=True)
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(Text, row))
     console = Console()
     if not console.is_terminal:  # a pipe has no width: never fold a row
         console.width = 200
@@ -130,7 +133,7 @@ class Progress:
     """One live line while a sweep runs; a plain line now and then where there is no terminal."""
 
     def __init__(self, quiet: bool = False) -> None:
-        self.console = Console(stderr=True, quiet=quiet)
+        self.console = Console(stderr=True, quiet=quiet, markup=False, highlight=False)
         self.live = Live("", console=self.console, transient=True, refresh_per_second=4)
         self.costs: dict[str, Cost] = {}
         self.status: dict[str, str] = {}
@@ -147,12 +150,15 @@ class Progress:
     def __exit__(self, *_: object) -> None:
         self.live.stop()
 
+    def _say(self, line: str) -> None:
+        self.console.print(line, soft_wrap=True)
+
     def preparing(self, what: str, count: int = 0) -> None:
         line = f"{what}: {count} documents" if count else f"{what} ..."
         if self.console.is_terminal:
-            self.live.update(line, refresh=True)
+            self.live.update(Text(line), refresh=True)
         elif not count or time.monotonic() - self.said > EVERY:
-            self.console.print(line, highlight=False)
+            self._say(line)
             self.said = time.monotonic()
 
     def started(self, costs: list[Cost], statuses: dict[str, str]) -> None:
@@ -160,9 +166,7 @@ class Progress:
         self.done = {i: float(s in ("done", "diverged")) for i, s in statuses.items()}
         self.began, self.share_at_start = time.monotonic(), self._share()
         if finished := sum(d == 1 for d in self.done.values()):
-            self.console.print(
-                f"{finished} of {len(costs)} trials are finished already", highlight=False
-            )
+            self._say(f"{finished} of {len(costs)} trials are finished already")
 
     def running(self, trial: str) -> None:
         self.status[trial] = "running"
@@ -180,13 +184,11 @@ class Progress:
             self.done[trial] = 1.0
         if status in ("diverged", "failed"):
             reason = f": {error}" if error else ""
-            self.console.print(f"{self.costs[trial].name} {status}{reason}", highlight=False)
+            self._say(f"{self.costs[trial].name} {status}{reason}")
         self._show(always=True)
 
     def stopping(self) -> None:
-        self.console.print(
-            "stopping: running trials are being saved; again to stop at once", highlight=False
-        )
+        self._say("stopping: running trials are being saved; again to stop at once")
 
     def _share(self) -> float:
         """Of all the work, by estimated time."""
@@ -195,9 +197,9 @@ class Progress:
 
     def _show(self, always: bool = False) -> None:
         if self.console.is_terminal:
-            self.live.update(self._line())
+            self.live.update(Text(self._line()))
         elif always or time.monotonic() - self.said > EVERY:
-            self.console.print(self._line(), highlight=False)
+            self._say(self._line())
             self.said = time.monotonic()
 
     def _line(self) -> str:
