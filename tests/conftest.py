@@ -64,3 +64,9 @@ def train_apart(
         env=env,
     )
     assert done.returncode == 0, done.stderr
+
+
+def head_section(kind: str, rank: int | None = None, **fields: Any) -> dict[str, Any]:
+    """The `head` section of a trial."""
+    unused = dict.fromkeys(("experts", "backward", "directions", "refresh"))
+    return {**unused, "kind": kind, "rank": rank, **fields}

@@ -164,7 +164,7 @@ class _Training:
             if step == steps:
                 status = "done"
                 break
-            stopping = should_stop()
+            stopping = _any_worker(should_stop(), self.run.device)
             if step > first and (step % saved == 0 or stopping):
                 # Records first: what came before a checkpoint is on disk.
                 recorder.flush(step)
@@ -287,3 +287,12 @@ class _Training:
                 model.config.save_pretrained(folder)
                 (folder / "tokenizer.json").write_bytes(self.text.tokenizer.read_bytes())
         dist.barrier()
+
+
+def _any_worker(asked: bool, device: torch.device) -> bool:
+    """Whether any worker was asked to stop: all of them leave the loop at the same step."""
+    if dist.get_world_size() == 1:
+        return asked
+    votes = torch.tensor(float(asked), device=device)
+    dist.all_reduce(votes)
+    return bool(votes.item())

@@ -47,10 +47,13 @@ def measured(sweep: Path) -> dict[str, pl.DataFrame]:
     return found
 
 
-def assert_same(a: Path, b: Path) -> None:
-    ours, theirs = measured(a), measured(b)
-    for table, frame in ours.items():
-        assert frame.height and frame.equals(theirs[table]), table
+def assert_same(sweep: Path, uninterrupted: Path) -> None:
+    """Of all the trials that the second one has."""
+    found, wanted = measured(sweep), measured(uninterrupted)
+    trials = wanted["trials"]["trial"].implode()
+    for table, frame in wanted.items():
+        assert frame.height
+        assert frame.equals(found[table].filter(pl.col("trial").is_in(trials))), table
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +75,7 @@ def test_every_trial_is_done_and_recorded(swept: Path) -> None:
     assert found["trials"]["status"].to_list() == ["done"] * 4
     assert found["trials"]["step"].to_list() == [48] * 4
     per_trial = found["scalars"].group_by("trial").len()["len"].to_list()
-    assert per_trial == [3 * 48 + 4 * 12] * 4
+    assert per_trial == [3 * 48 + 4 * 13] * 4  # rows of training steps, and of probes
     assert found["spectra"].height == 4 * 2 * (8 + 16)
     assert {e["status"] for e in ledger.read(swept / "runs" / "tiny").values()} == {"done"}
 
@@ -307,31 +310,27 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(
 def test_a_killed_workers_trial_is_resumed_and_its_slot_comes_back(
     tmp_path: Path, cache: Path, uninterrupted: Path
 ) -> None:
-    write_grid(tmp_path, **LONG)
+    write_grid(tmp_path, **LONG, seed=[0, 1])
     sweep = tmp_path / "runs" / "tiny"
     with running(tmp_path) as driver:
-        wait_for(lambda: saved(sweep) >= 1 and len(workers(driver)) == 2)
-        victim = workers(driver)[0]
-        killed = time.time() * 1000
+        victim = wait_for(lambda: saved(sweep) and workers(driver))[0]
         victim.kill()
+        killed = time.time() * 1000
         said = driver.communicate(timeout=240)[0]
     assert driver.returncode == 0, said
+    assert len(ledger.read(sweep)) == 8
     assert_same(sweep, uninterrupted)
-    # Afterwards two trials were at work at the same time again.
+    # Of the trials that began after the kill, two were at work at the same time.
     spans = (
         records.scan(sweep, "scalars")
-        .filter(pl.col("time") > killed)
         .group_by("trial")
         .agg(first=pl.col("time").min(), last=pl.col("time").max())
+        .filter(pl.col("first") > killed)
+        .sort("first")
         .collect()
     )
-    late = spans.filter(pl.col("first") > killed + 4000)  # a worker's restart takes as long
-    overlaps = [
-        a["trial"] != b["trial"] and a["first"] < b["last"] and b["first"] < a["last"]
-        for a in late.iter_rows(named=True)
-        for b in spans.iter_rows(named=True)
-    ]
-    assert any(overlaps)
+    assert spans.height >= 3
+    assert (spans["last"].shift() > spans["first"]).any()
 
 
 def test_a_killed_driver_loses_nothing(tmp_path: Path, cache: Path, uninterrupted: Path) -> None:

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from analysis import spectrum
+from tests.conftest import head_section
 from trainables import backbones, heads, pretrain
 from trainables.heads import CHUNK, LinearHead, token_stats
 
@@ -91,23 +92,18 @@ def test_bf16_states_give_a_loss_in_fp32() -> None:
     assert loss.item() == pytest.approx(exact.item(), abs=1e-5)
 
 
-def section(kind: str, rank: int | None = None, **fields: Any) -> dict[str, Any]:
-    unused = dict.fromkeys(("experts", "backward", "directions", "refresh"))
-    return {**unused, "kind": kind, "rank": rank, **fields}
-
-
 ZOO = [
-    section("linear"),
-    section("linear", 3),
-    section("sigsoftmax"),
-    section("sigsoftmax", 3),
-    section("monotone"),
-    section("monotone", 3),
-    section("mlp", 3),
-    section("mos", experts=4),
-    section("mos", 3, experts=2),
-    section("backward", backward=3, directions="own", refresh=10),
-    section("backward", backward=3, directions="random"),
+    head_section("linear"),
+    head_section("linear", 3),
+    head_section("sigsoftmax"),
+    head_section("sigsoftmax", 3),
+    head_section("monotone"),
+    head_section("monotone", 3),
+    head_section("mlp", 3),
+    head_section("mos", experts=4),
+    head_section("mos", 3, experts=2),
+    head_section("backward", backward=3, directions="own", refresh=10),
+    head_section("backward", backward=3, directions="random"),
 ]
 
 
@@ -185,7 +181,7 @@ def test_every_head_states_its_parameters(given: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(("v", "d", "rank"), [(4096, 64, 16), (49152, 576, 64), (1024, 16, 2)])
 def test_a_small_network_costs_a_linear_head_of_its_rank(v: int, d: int, rank: int) -> None:
-    mlp, linear = (heads.cost(section(k, rank), v, d).params for k in ("mlp", "linear"))
+    mlp, linear = (heads.cost(head_section(k, rank), v, d).params for k in ("mlp", "linear"))
     assert 0 <= linear - mlp < d + rank
 
 
@@ -216,17 +212,17 @@ def achieved(given: dict[str, Any]) -> int:
 
 
 def test_only_what_is_not_linear_passes_the_rank() -> None:
-    assert achieved(section("linear")) == 8
-    assert achieved(section("linear", 3)) == 3
-    assert achieved(section("mlp", 3)) == 2
-    assert achieved(section("mos", experts=4)) == 40
-    assert achieved(section("mos", 3, experts=4)) == 40
-    assert achieved(section("sigsoftmax", 3)) > 20
-    assert achieved(section("monotone", 3)) == 3  # the identity, at its start
+    assert achieved(head_section("linear")) == 8
+    assert achieved(head_section("linear", 3)) == 3
+    assert achieved(head_section("mlp", 3)) == 2
+    assert achieved(head_section("mos", experts=4)) == 40
+    assert achieved(head_section("mos", 3, experts=4)) == 40
+    assert achieved(head_section("sigsoftmax", 3)) > 20
+    assert achieved(head_section("monotone", 3)) == 3  # the identity, at its start
 
 
 def test_own_directions_are_the_heads_top_ones() -> None:
-    head = heads.make(section("backward", backward=2, directions="own", refresh=10), 50, 8)
+    head = heads.make(head_section("backward", backward=2, directions="own", refresh=10), 50, 8)
     head.renew()
     top = torch.linalg.svd(head.weight.double()).Vh[:2].T
     ours = head.basis.double()
@@ -234,7 +230,7 @@ def test_own_directions_are_the_heads_top_ones() -> None:
 
 
 @pytest.mark.parametrize(
-    "given", [section("mos", experts=4), section("sigsoftmax")], ids=heads.label
+    "given", [head_section("mos", experts=4), head_section("sigsoftmax")], ids=heads.label
 )
 def test_no_head_holds_all_logits_for_its_backward_pass(given: dict[str, Any]) -> None:
     """What autograd keeps between the passes is a few tokens' worth of logits at most."""
@@ -253,7 +249,12 @@ def test_no_head_holds_all_logits_for_its_backward_pass(given: dict[str, Any]) -
 
 def trial(rank: int | None, tied: bool = False) -> dict:
     model = {"size": "nano-16", "config": None, "residual": "parallel", "tied": tied}
-    return {"seed": 0, "model": model, "head": section("linear", rank), "train": {"sequence": 32}}
+    return {
+        "seed": 0,
+        "model": model,
+        "head": head_section("linear", rank),
+        "train": {"sequence": 32},
+    }
 
 
 @pytest.mark.parametrize("rank", [None, 3])

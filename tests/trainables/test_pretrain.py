@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from analysis import records
-from tests.conftest import train_apart
+from tests.conftest import head_section, train_apart
 from trainables import checkpoint, corpus, heads, pretrain
 
 OTHER = {"size": None, "residual": None}  # fields of a model that is not on the ladder
@@ -111,12 +111,15 @@ def test_zero_stages_agree(tiny_trial: dict[str, Any], tmp_path: Path, cache: Pa
         np.testing.assert_allclose(found[stage], found[0], atol=1e-3)
 
 
-def _worker(rank: int, trial: dict[str, Any], sweep: Path, cache: Path, store: Path) -> None:
+def _worker(
+    rank: int, trial: dict[str, Any], sweep: Path, cache: Path, store: Path, stop: int
+) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=2
     )
-    pretrain.train(trial, sweep, cache)
+    # One worker alone is asked to stop, and all of them do.
+    pretrain.train(trial, sweep, cache, should_stop=stop_after(stop if rank else 10**6))
 
 
 @pytest.mark.parametrize("stage", [0, 2])
@@ -126,7 +129,11 @@ def test_the_loop_serves_two_workers_as_it_serves_one(
     one, two = tmp_path / "one", tmp_path / "two"
     pretrain.train(tiny_trial, one, cache)
     trial = variant(tiny_trial, deepspeed={"stage": stage})
-    torch.multiprocessing.spawn(_worker, (trial, two, cache, tmp_path / "store"), nprocs=2)
+    for start, stop in enumerate((20, 10**6)):
+        store = tmp_path / f"store{start}"
+        torch.multiprocessing.spawn(_worker, (trial, two, cache, store, stop), nprocs=2)
+        reached = records.scan(two, "trials").collect()
+        assert reached["status"].item() == ("done" if start else "running")
     a, b = scalars(one, tiny_trial), scalars(two, trial)
     keys = ["step", "split", "metric", "layer"]
     assert a.select(keys).equals(b.select(keys))
@@ -142,17 +149,12 @@ def test_accumulation_changes_no_result(
     np.testing.assert_allclose(losses(tmp_path, parts), losses(tmp_path, tiny_trial), atol=1e-4)
 
 
-def section(kind: str, rank: int | None = None, **fields: Any) -> dict[str, Any]:
-    unused = dict.fromkeys(("experts", "backward", "directions", "refresh"))
-    return {**unused, "kind": kind, "rank": rank, **fields}
-
-
 ZOO = [
-    section("sigsoftmax"),
-    section("monotone", 4),
-    section("mlp", 4),
-    section("mos", 4, experts=3),
-    section("backward", backward=4, directions="own", refresh=10),
+    head_section("sigsoftmax"),
+    head_section("monotone", 4),
+    head_section("mlp", 4),
+    head_section("mos", 4, experts=3),
+    head_section("backward", backward=4, directions="own", refresh=10),
 ]
 
 
@@ -179,7 +181,7 @@ def test_a_mixture_trains_with_its_parameters_sharded(
     tiny_trial: dict[str, Any], tmp_path: Path, cache: Path
 ) -> None:
     """ZeRO-3, where the chunks that are made again in the backward pass need the head whole."""
-    mixture = section("mos", 4, experts=3)
+    mixture = head_section("mos", 4, experts=3)
     one = variant(tiny_trial, head=mixture)
     sharded = variant(one, id="sharded", deepspeed={"stage": 3})
     pretrain.train(one, tmp_path, cache)
@@ -278,7 +280,7 @@ def test_the_exported_model_is_the_trained_one(
 def test_an_exported_low_rank_head_loads_back(
     tiny_trial: dict[str, Any], tmp_path: Path, cache: Path
 ) -> None:
-    low = variant(tiny_trial, head=section("linear", 2))
+    low = variant(tiny_trial, head=head_section("linear", 2))
     pretrain.train(low, tmp_path, cache)
     model = pretrain.build(low, 1024)
     model.model.load_state_dict(final(tmp_path, low))
