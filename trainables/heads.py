@@ -76,13 +76,14 @@ class LinearHead(nn.Module):
 class _Chunked(LinearHead):
     """A head whose logits are not linear: each chunk's are made again in the backward pass."""
 
-    def loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        def part(h: Tensor, y: Tensor) -> Tensor:
-            return F.cross_entropy(_wide(self.logits(h)), y, reduction="sum")
+    def nll(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        """Summed loss of one chunk."""
+        return F.cross_entropy(_wide(self.logits(hidden)), labels, reduction="sum")
 
+    def loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
         total = hidden.new_zeros((), dtype=_wide(hidden[:0]).dtype)
         for h, y in zip(hidden.split(CHUNK), labels.split(CHUNK), strict=True):
-            total = total + checkpoint(part, h, y, use_reentrant=False)
+            total = total + checkpoint(self.nll, h, y, use_reentrant=False)
         return total / len(labels)
 
 
@@ -135,23 +136,36 @@ def mlp_width(vocabulary: int, d: int, rank: int) -> int:
 
 
 class MixtureOfSoftmaxes(_Chunked):
-    """p = sum_k pi_k softmax(A tanh(B_k h)), pi = softmax(P h): Yang et al. 2018 (1711.03953).
+    """p = sum_k pi_k softmax(A c tanh(B_k h)), pi = softmax(P h): Yang et al. 2018 (1711.03953).
 
-    K experts share A (V x r, or V x d where no rank is given); B_k is r x d, P is K x d.
+    K experts share A (V x r, or V x d where no rank is given); B_k is r x d, P is K x d. c = d / r
+    changes nothing that the head can express, only how fast it learns: see LinearHead.
     """
 
     def __init__(self, vocabulary: int, d: int, rank: int | None, experts: int) -> None:
-        super().__init__(vocabulary, rank or d, None)
         r = rank or d
+        super().__init__(vocabulary, r, None)
+        self.scale = d / r
+        self.weight = _normal(vocabulary, r, r**-0.5 / self.scale)
         self.experts = _normal(experts * r, d, d**-0.5)
         self.prior = _normal(experts, d, d**-0.5)
 
+    def _parts(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits (... x K x V) and log-weight (... x K) of each expert."""
+        states = self.scale * torch.tanh(F.linear(hidden, self.experts))
+        each = F.linear(states.unflatten(-1, (len(self.prior), -1)), self.weight)
+        return _wide(each), _wide(F.linear(hidden, self.prior)).log_softmax(-1)
+
     def logits(self, hidden: Tensor) -> Tensor:
         """Log-probabilities: a mixture has no logits of its own."""
-        states = torch.tanh(F.linear(hidden, self.experts)).unflatten(-1, (len(self.prior), -1))
-        each = _wide(F.linear(states, self.weight)).log_softmax(-1)
-        weight = _wide(F.linear(hidden, self.prior)).log_softmax(-1)
-        return torch.logsumexp(each + weight.unsqueeze(-1), dim=-2)
+        each, weight = self._parts(hidden)
+        return torch.logsumexp(each.log_softmax(-1) + weight.unsqueeze(-1), dim=-2)
+
+    def nll(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        """Of the right tokens alone: no mixture over the whole vocabulary."""
+        each, weight = self._parts(hidden)
+        right = each.gather(-1, labels[:, None, None].expand(*each.shape[:2], 1)).squeeze(-1)
+        return -torch.logsumexp(weight + right - each.logsumexp(-1), dim=-1).sum()
 
 
 class LowRankBackward(LinearHead):

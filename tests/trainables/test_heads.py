@@ -113,9 +113,9 @@ def reference(head: heads.LinearHead, kind: str, h: torch.Tensor) -> torch.Tenso
     if kind == "mos":
         out, k = w["weight"], len(w["prior"])
         pi = torch.softmax(w["prior"] @ h, 0)
-        each = w["experts"].view(k, -1, len(h))
+        each, c = w["experts"].view(k, -1, len(h)), len(h) / out.shape[1]
         return torch.log(
-            sum(pi[i] * torch.softmax(out @ torch.tanh(each[i] @ h), 0) for i in range(k))
+            sum(pi[i] * torch.softmax(out @ torch.tanh(each[i] @ h) * c, 0) for i in range(k))
         )
     if kind == "mlp":
         z = w["A"] @ w["B"] @ torch.nn.functional.gelu(w["C"] @ h)
