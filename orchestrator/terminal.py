@@ -125,7 +125,7 @@ def print_plan(plan: Plan, notices: list[str], as_json: bool) -> None:
     print_table(headers, [*rows, total])
     print(
         f"\n{plan.at_once} at once here: about {duration(plan.hours * 3600)} "
-        "(estimates; within a factor of two on a CPU)"
+        "(estimates; on a CPU within a factor of two for linear heads)"
     )
 
 
