@@ -124,8 +124,8 @@ def print_plan(plan: Plan, notices: list[str], as_json: bool) -> None:
     )
     print_table(headers, [*rows, total])
     print(
-        f"\n{plan.at_once} at once here: about {duration(plan.hours * 3600)} "
-        "(estimates; on a CPU within a factor of two for linear heads)"
+        f"\n{plan.at_once} at once here: about {duration(plan.hours * 3600)}\n"
+        "Estimates; on a CPU within a factor of two for linear heads."
     )
 
 
