@@ -5,6 +5,9 @@ from pathlib import Path
 import polars as pl
 
 from analysis import atomic, tables
+from analysis.ranks import Fitted
+
+PAPER = Path(__file__).parent / "paper"
 
 # Okabe and Ito's colours; each with a marker of its own.
 STYLES = list(
@@ -44,5 +47,60 @@ def loss_vs_rank(losses: pl.DataFrame, path: Path) -> Path:
     axes.set_ylabel("held-out loss (nats per token)")
     axes.legend(frameon=False, fontsize="small")
     axes.spines[["top", "right"]].set_visible(False)
+    atomic.write(path, lambda partial: figure.savefig(partial, format="png", dpi=150))
+    return path
+
+
+def ranks(fitted: Fitted, path: Path) -> Path:
+    """Heads on a frozen backbone in the form of the paper's Figures 6 and 9: loss, accuracy, gap to
+    full rank (beside the paper's own readings, pale) and chosen learning rate against rank."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9.6, 7.2), layout="constrained")
+    (loss, accuracy), (gap, rate) = figure.subplots(2, 2)
+    known = fitted.heads.filter(pl.col("rank").is_not_null())
+    for i, (name, line) in enumerate(known.group_by("family", maintain_order=True)):
+        colour, marker = STYLES[i % len(STYLES)]
+        style = {"label": str(name[0]), "color": colour, "marker": marker}
+        x, low, high = line["rank"], line["gap"] - line["low"], line["high"] - line["gap"]
+        loss.errorbar(x, line["loss"], line["stderr"], capsize=2, **style)
+        accuracy.plot(x, 100 * line["accuracy"], **style)
+        gap.errorbar(x, line["gap"], [low.clip(0), high.clip(0)], capsize=2, **style)
+        if line["lr"].null_count() == 0:
+            rate.plot(x, line["lr"], **style)
+    for i, (name, line) in enumerate(
+        fitted.heads.filter(pl.col("rank").is_null()).group_by("family", maintain_order=True)
+    ):
+        label = "the model's own head" if name[0] == "own" else f"full, {name[0]}"
+        style = {"label": label, "color": "0.2", "linestyle": ("--", "-.", ":")[i % 3]}
+        loss.axhline(line["loss"][0], **style)
+        accuracy.axhline(100 * line["accuracy"][0], **style)
+    loss.axhline(fitted.unigram, color="0.6", linestyle=":", label="unigram cross-entropy")
+    paper = pl.read_csv(PAPER / "heads.csv", comment_prefix="#")
+    for (name,), line in paper.group_by("model", maintain_order=True):
+        full = line.filter(pl.col("rank") == pl.col("rank").max())["loss"][0]
+        pale = {"color": "0.8", "zorder": 0, "linewidth": 1}
+        gap.plot(line["rank"], line["loss"] - full, **pale)
+        at = (line["rank"][0], line["loss"][0] - full)
+        gap.annotate(f"{name} (paper)", at, color="0.6", fontsize="x-small")
+        rate.plot(line["rank"], line["lr"], **pale)
+    labels = (
+        "loss (nats per token)",
+        "accuracy (%)",
+        "gap to rank d (nats per token)",
+        "chosen peak learning rate",
+    )
+    for axes, label in zip((loss, accuracy, gap, rate), labels, strict=True):
+        axes.set_xscale("log", base=2)
+        ranks = known["rank"].unique().sort().to_list()
+        axes.set_xticks(ranks, [str(r) for r in ranks])
+        axes.minorticks_off()
+        axes.set_xlabel("head rank r")
+        axes.set_ylabel(label)
+        axes.spines[["top", "right"]].set_visible(False)
+    gap.set_yscale("symlog", linthresh=0.01)
+    rate.set_yscale("log")
+    loss.legend(frameon=False, fontsize="x-small")
+    figure.suptitle(f"Heads on {fitted.name}, frozen", fontsize="medium")
     atomic.write(path, lambda partial: figure.savefig(partial, format="png", dpi=150))
     return path

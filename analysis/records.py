@@ -35,8 +35,10 @@ TABLES: dict[str, dict[str, type[pl.DataType]]] = {
         "kind": pl.String,
         "size": pl.String,
         "head": pl.String,
+        "init": pl.String,  # scaled, svd, normal; null for a baseline
         "rank": pl.Int32,  # null for a full head
         "seed": pl.Int64,
+        "search": pl.String,  # shared by trials that differ in learning rate alone
         "d": pl.Int32,
         "vocabulary": pl.Int32,
         "params": pl.Int64,
@@ -73,6 +75,5 @@ def scan(sweep: Path, table: str, trial: str = "*") -> pl.LazyFrame:
     files = sorted((sweep / "records" / table).glob(f"{trial}-*.parquet"), key=lambda f: f.name)
     if not files:
         return pl.LazyFrame(schema=TABLES[table])
-    return pl.scan_parquet(files, schema=TABLES[table]).unique(
-        KEYS[table], keep="last", maintain_order=True
-    )
+    frame = pl.scan_parquet(files, schema=TABLES[table], missing_columns="insert")
+    return frame.unique(KEYS[table], keep="last", maintain_order=True)

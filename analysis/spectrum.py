@@ -47,6 +47,31 @@ def singular_values(w: Tensor, right: Tensor | None = None, centred: bool = Fals
     return torch.nn.functional.pad(sigma, (0, min(w.shape[0], width) - len(sigma)))
 
 
+def truncation(w: Tensor, moment: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Factors A (V x d) and B (d x d), float64, whose first r columns and rows are, for every r,
+    the best rank-r head for W (V x d).
+
+    Without `moment` the truncated SVD of W: least Frobenius norm of W - A B (Eckart & Young, the
+    paper's Lemma 5.2). With the hidden states' second moment E[h h^T] (d x d) the least squared
+    error of logits, E|C (W - A B) h|^2, where C takes the mean over the vocabulary away, which
+    softmax cannot see; rows of B then have E[(B h)_i^2] = 1. Directions in which no hidden state
+    was seen are left out.
+    """
+    w = w.detach().double()
+    if moment is None:
+        _, _, vt = torch.linalg.svd(triangle(w))
+        return w @ vt.T, vt
+    w = w - w.mean(0)
+    values, vectors = torch.linalg.eigh(moment.double())
+    seen = values > 1e-12 * values[-1]
+    root = values.where(seen, 0).sqrt()
+    inverse = torch.where(seen, 1 / root, 0)
+    half = (vectors * root) @ vectors.T
+    # Columns largest first, as an SVD has them.
+    right = torch.linalg.eigh(half @ (w.T @ w) @ half).eigenvectors.flip(1)
+    return w @ (half @ right), right.T @ ((vectors * inverse) @ vectors.T)
+
+
 def singular_entropy(sigma: Tensor, power: float = 2.0) -> float:
     """KL(p || uniform) in nats, p proportional to sigma^power: 0 is flat, ln(len(sigma)) rank one.
 

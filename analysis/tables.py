@@ -8,10 +8,12 @@ from analysis import records
 
 
 def final_losses(sweep: Path) -> pl.DataFrame:
-    """One row for each finished trial: the columns of `trials`, and of its last step the held-out
-    `loss` and `unigram_loss` (nats per token) with the loss's `stderr`; and `series`, its name
-    without rank and seed. By size, then rank, full heads last."""
-    trials = records.scan(sweep, "trials").filter(pl.col("status") == "done")
+    """One row for each finished `pretrain` trial: the columns of `trials`, and of its last step
+    the held-out `loss` and `unigram_loss` (nats per token) with the loss's `stderr`; and `series`,
+    its name without rank and seed. By size, then rank, full heads last."""
+    trials = records.scan(sweep, "trials").filter(
+        (pl.col("status") == "done") & (pl.col("kind") == "pretrain")
+    )
     scalars = records.scan(sweep, "scalars").filter(
         (pl.col("split") == "held_out") & pl.col("metric").is_in(["loss", "unigram_loss"])
     )

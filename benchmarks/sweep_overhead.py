@@ -66,9 +66,10 @@ def lmsat(folder: str) -> None:
 
         from orchestrator import ledger
 
-        note(folder, config["trial"])
-        tune.report({"step": 1, "steps": 1, "rows": []})
-        ledger.conclude(Path(config["sweep"]), config["trial"], "done", 1)
+        (trial,) = config["pack"]
+        note(folder, trial)
+        tune.report({"news": [{"trial": trial, "step": 1, "steps": 1, "rows": []}]})
+        ledger.conclude(Path(config["sweep"]), trial, "done", 1)
 
     sweep._work = work  # everything but the training is lmsat's own
     with tempfile.TemporaryDirectory() as home:

@@ -87,7 +87,13 @@ def sweep(
     with terminal.Progress() as progress:
         entries = sweeps.run(loaded, out, tracking_uri, _cache(), progress)
     statuses = [entry["status"] for entry in entries.values()]
-    terminal.print_losses(directory, as_json)
+    kinds = {entry["trial"]["kind"] for entry in entries.values()}
+    if "pretrain" in kinds:
+        terminal.print_losses(directory, as_json)
+    if "rankfit" in kinds:
+        from analysis import ranks
+
+        terminal.print_ranks(ranks.fitted(directory), as_json)
     if not as_json:
         terminal.print_next(directory, out, tracking_uri)
     if "stopped" in statuses or "waiting" in statuses:
@@ -124,6 +130,25 @@ def status(name: str, out: Path, as_json: bool) -> None:
     from orchestrator import terminal
 
     terminal.print_status(_sweep(name, out), as_json)
+
+
+@main.command(epilog="Example:  lmsat ranks smollm2 --tolerance 0.05")
+@click.argument("name", metavar="SWEEP")
+@out_option
+@click.option(
+    "--tolerance",
+    type=click.FloatRange(min=0, min_open=True),
+    default=0.02,
+    show_default=True,
+    help="Nats per token by which a head may fall short of full rank.",
+)
+@json_option
+def ranks(name: str, out: Path, tolerance: float, as_json: bool) -> None:
+    """Show what a low rank costs on the frozen backbones of SWEEP, and which rank is required."""
+    from analysis import ranks
+    from orchestrator import terminal
+
+    terminal.print_ranks(ranks.fitted(_sweep(name, out), tolerance), as_json)
 
 
 def _sweep(name: str, out: Path) -> Path:

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 from analysis import atomic, records
 from orchestrator import ledger, plan
 from orchestrator.tracking import Tracker
-from trainables import schedule
+from trainables import heads, schedule
 
 
 class Watcher(Protocol):
@@ -24,34 +24,32 @@ class Watcher(Protocol):
 class Driver:
     """What the driver knows: it writes the ledger and MLflow, and tells the watcher."""
 
-    def __init__(
-        self,
-        trials: list[dict[str, Any]],
-        costs: list[plan.Cost],
-        sweep: Path,
-        tracker: Tracker,
-        watcher: Watcher,
-    ) -> None:
-        """Takes up what the ledger knows, and brings MLflow up to the records."""
+    def __init__(self, sweep: Path, tracker: Tracker, watcher: Watcher) -> None:
         self.sweep, self.tracker, self.watcher = sweep, tracker, watcher
-        self.costs = {cost.id: cost for cost in costs}
+        self.costs: dict[str, plan.Cost] = {}
+        self.entries: dict[str, dict[str, Any]] = {}
         self.active: set[str] = set()
-        known, runs = ledger.read(sweep), tracker.children()
-        self.entries = {}
+
+    def add(self, trials: list[dict[str, Any]], costs: list[plan.Cost]) -> None:
+        """Take up what the ledger knows of these trials, and bring MLflow up to the records."""
+        self.costs |= {cost.id: cost for cost in costs}
+        known, runs = ledger.read(self.sweep), self.tracker.children()
         for trial in trials:
             id, t = trial["id"], trial["train"]
             entry = {"status": "waiting", "step": 0, **known.get(id, {}), "run": runs.get(id)}
             if entry["status"] not in ledger.FINISHED:
                 entry |= {"status": "waiting", "error": None}
-            if entry.get("store") != tracker.uri:
-                entry |= {"store": tracker.uri, "tracked": False}
-            steps = schedule.steps(t["tokens"], t["batch"], t["sequence"])
+            if entry.get("store") != self.tracker.uri:
+                entry |= {"store": self.tracker.uri, "tracked": False}
+            trained = trial["head"]["kind"] not in heads.BASELINES
+            steps = schedule.steps(t["tokens"], t["batch"], t["sequence"]) if trained else 0
             # The trial anew: the grid may have given it other hardware.
-            self.entries[id] = {**entry, "id": id, "steps": steps, "trial": trial}
-        for entry in self.entries.values():
+            entry = {**entry, "id": id, "steps": steps, "trial": trial}
             if not entry.get("tracked") and (entry["run"] or entry["status"] in ledger.FINISHED):
                 self._track(entry)
-            ledger.write(sweep, entry)
+            self.entries[id] = ledger.write(self.sweep, entry)
+        statuses = {i: entry["status"] for i, entry in self.entries.items()}
+        self.watcher.started(list(self.costs.values()), statuses)
 
     @property
     def pending(self) -> list[str]:
@@ -67,7 +65,8 @@ class Driver:
         self._set(id, status="running", error=None)
         self.watcher.running(id)
 
-    def on_result(self, id: str, result: dict[str, Any]) -> None:
+    def on_result(self, result: dict[str, Any]) -> None:
+        id = result["trial"]
         entry = self.entries[id]
         self.tracker.log(entry["run"], result["rows"])
         self.watcher.progress(id, result["step"], result["steps"])

@@ -20,8 +20,8 @@ import yaml
 from pydantic import ValidationError
 
 from analysis.errors import BadInput
-from orchestrator import schema
-from trainables import backbones, corpus, heads
+from orchestrator import schema, search
+from trainables import backbones, corpus, frozen, heads
 
 SHIPPED = Path(__file__).parent / "grids"
 RECIPE = 1  # of training and probes: a change that moves results makes every id new
@@ -98,12 +98,16 @@ def _grid(raw: Any, path: Path) -> Grid:
         raise BadInput(f"name: {name!r}: letters, digits, dot, dash and underscore only")
     raw = _absolute({**raw, "name": name}, path.parent)
     base = {str(key): value for key, value in raw.items() if key not in ("name", "trials")}
+    if base.get("kind") == "rankfit" and "lr" not in (base.get("train") or {}):
+        base = _merge(base, {"train": {"lr": list(search.RATES)}})
     axes = [axis for axis, _ in _axes(base)]
     trials: dict[str, dict[str, Any]] = {}
     notices: dict[str, None] = {}
     identify = functools.cache(lambda key: corpus.identity(*json.loads(key)))  # reads all text
-    for cell in _cells(base, raw.get("trials", []), axes):
-        trial = _trial(cell, axes, identify)
+    cells = _cells(base, raw.get("trials", []), axes)
+    varied = _varied(cells, axes)
+    for cell in cells:
+        trial = _trial(cell, varied, identify)
         if reason := _impossible(trial):
             notices[reason] = None
         elif trial["id"] in trials:
@@ -112,10 +116,19 @@ def _grid(raw: Any, path: Path) -> Grid:
             trials[trial["id"]] = trial
     if not trials:
         raise BadInput("no trial is left: " + "; ".join(notices))
+    for extra in search.completed([t for t in trials.values() if t["kind"] == "rankfit"]):
+        trial = numbered(extra)
+        trials.setdefault(trial["id"], trial)
     return Grid(path, name, raw, list(trials.values()), list(notices))
 
 
-_PATHS = (("corpus", "files"), ("corpus", "hub"), ("model", "config"), ("tokenizer",))
+_PATHS = (
+    ("corpus", "files"),
+    ("corpus", "hub"),
+    ("model", "config"),
+    ("model", "pretrained"),
+    ("tokenizer",),
+)
 
 
 def _absolute(tree: Any, folder: Path, at: tuple[str, ...] = ()) -> Any:
@@ -184,9 +197,27 @@ def _cells(base: dict[str, Any], entries: Any, axes: list[tuple[str, ...]]) -> l
     return product + added
 
 
+def _varied(cells: list[dict[str, Any]], axes: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """The axes, and every other field in which cells differ: a trial's name tells them."""
+    leaves = {at: None for cell in cells for at in _leaves(cell)}
+    others = [at for at in leaves if len({json.dumps(_at(cell, at)) for cell in cells}) > 1]
+    return list(dict.fromkeys([*axes, *others]))
+
+
+def _leaves(tree: dict[str, Any], prefix: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, (*prefix, str(key)))
+        else:
+            yield (*prefix, str(key))
+
+
 # Fields that a trial's name tells in its own way.
-_NAMED = {("model",), ("model", "size"), ("model", "config"), ("seed",), ("head",)} | {
-    ("head", field) for field in schema.Head.model_fields
+_NAMED = {("seed",), ("head",), ("model",), ("train", "lr")} | {
+    (section, field)
+    for section, of in (("model", schema.Model), ("head", schema.Head))
+    for field in of.model_fields
+    if field not in ("residual", "tied")
 }
 
 
@@ -209,29 +240,97 @@ def _trial(
         trial["train"]["lr"] = backbones.LADDER[size].lr
     if size and trial["model"]["residual"] is None:
         trial["model"]["residual"] = "parallel"
+    if trial["kind"] == "rankfit":
+        trial["tokenizer"] = _own_tokenizer(trial)
     trial["head"] = _plain_head(trial["head"])
-    more = [f"{axis[-1]}={_at(cell, axis)}" for axis in axes if axis not in _NAMED]
-    model, rank = size or Path(trial["model"]["config"]).name, trial["head"]["rank"] or "full"
-    kind = [] if trial["head"]["kind"] == "linear" else [heads.label(trial["head"])]
-    trial["name"] = " ".join([model, *kind, f"r={rank}", f"s={trial['seed']}", *more])
+    told = [axis for axis in axes if axis not in _NAMED and _at(cell, axis) is not None]
+    more = [f"{axis[-1]}={_at(cell, axis)}" for axis in told]
+    searched = ("train", "lr") in axes
     trial["text"] = identify(json.dumps([trial["corpus"], trial["tokenizer"]]))
-    return {"id": _id(trial), **trial}
+    return numbered({**trial, "axes": more, "searched": searched, "beyond": 0})
 
 
-def _id(trial: dict[str, Any]) -> str:
-    """A hash of what changes the result: not names, paths, hardware, or how often it is saved."""
-    config = trial["model"]["config"]
-    facts = {
+def numbered(trial: dict[str, Any], lr: float | None = None) -> dict[str, Any]:
+    """The trial, under another learning rate where one is given, with id and name of its own; and
+    `search`, which all trials share that differ in learning rate alone (None for a baseline)."""
+    trial = {**trial, "train": {**trial["train"], "lr": lr or trial["train"]["lr"]}}
+    baseline = trial["head"]["kind"] in heads.BASELINES
+    facts = _facts(trial, baseline)
+    trial["search"] = None if baseline else _hash(_with(facts, ("train", "lr"), None))
+    return {**trial, "id": _hash(facts), "name": _name(trial, baseline)}
+
+
+def _name(trial: dict[str, Any], baseline: bool) -> str:
+    model, head = trial["model"], trial["head"]
+    named = model["size"] or (Path(model["config"]).name if model["config"] else frozen.name(model))
+    kind = [] if head["kind"] == "linear" else [heads.label(head)]
+    if baseline:
+        rank = [f"r={head['rank']}"] if head["rank"] else []
+        return " ".join([named, *kind, *rank, *trial["axes"]])
+    init = [] if head["init"] == "scaled" else [f"init={head['init']}"]
+    rate = [f"lr={trial['train']['lr']:g}"] if trial["searched"] else []
+    rank = [f"r={head['rank'] or 'full'}", f"s={trial['seed']}"]
+    return " ".join([named, *kind, *rank, *init, *trial["axes"], *rate])
+
+
+@functools.cache
+def _vocabulary(tokenizer: str) -> dict[str, int]:
+    return corpus.load_tokenizer(tokenizer).get_vocab()
+
+
+def _own_tokenizer(trial: dict[str, Any]) -> str:
+    """The model's, or the one given, where it fits. Raises BadInput where it does not."""
+    form = frozen.shape(trial["model"], trial["train"]["sequence"])
+    own, given = frozen.tokenizer(trial["model"]), trial["tokenizer"]
+    try:
+        vocabulary = _vocabulary(own)
+    except BadInput:
+        if given is None:
+            raise
+        vocabulary = _vocabulary(given)
+    if given is not None and _vocabulary(given) != vocabulary:
+        raise BadInput(
+            f"tokenizer: {given} is not the model's own, which gives other ids; leave it out"
+        )
+    if len(vocabulary) > form.vocabulary:
+        raise BadInput(
+            f"tokenizer: has {len(vocabulary)} entries, the model's head only {form.vocabulary}"
+        )
+    return given or own
+
+
+def _facts(trial: dict[str, Any], baseline: bool) -> dict[str, Any]:
+    """What changes the result: not names, paths, hardware, or how often it is saved."""
+    model = trial["model"]
+    if trial["kind"] == "rankfit":
+        what: Any = frozen.fingerprint(model)
+    else:
+        of_scratch = ("size", "config", "residual", "tied")
+        what = {key: model[key] for key in of_scratch}
+        what["config"] = model["config"] and backbones.fingerprint(model["config"])
+    train = trial["train"]
+    if baseline:
+        train = {"lr": None, **{key: train[key] for key in ("sequence", "precision")}}
+    alike = ("kind", "text", "head", "seed", "probes")
+    return {
         "recipe": RECIPE,
-        "model": {**trial["model"], "config": config and backbones.fingerprint(config)},
-        **{key: trial[key] for key in ("kind", "text", "head", "seed", "train", "probes")},
+        "model": what,
+        "train": train,
+        **{key: trial[key] for key in alike},
     }
+
+
+def _hash(facts: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def _impossible(trial: dict[str, Any]) -> str | None:
     """Why a cell of the product makes no model, or None."""
-    return heads.impossible(trial["head"], backbones.width(trial["model"]), trial["model"]["tied"])
+    if trial["kind"] == "rankfit":
+        d = frozen.shape(trial["model"], trial["train"]["sequence"]).d
+    else:
+        d = backbones.width(trial["model"])
+    return heads.impossible(trial["head"], d, trial["model"]["tied"])
 
 
 def _plain_head(head: dict[str, Any]) -> dict[str, Any]:
@@ -240,4 +339,4 @@ def _plain_head(head: dict[str, Any]) -> dict[str, Any]:
     used = {"mos": {"experts"}, "backward": {"backward", "directions", "refresh"}}.get(kind, set())
     if head["directions"] == "random":
         used = used - {"refresh"}
-    return {k: v if k in {"kind", "rank", *used} else None for k, v in head.items()}
+    return {k: v if k in {"kind", "rank", "init", *used} else None for k, v in head.items()}

@@ -69,12 +69,18 @@ class Bpe(_Section):
 
 
 class Model(_Section):
-    """The backbone: size or config."""
+    """The backbone: size or config (from scratch), or pretrained (of rankfit)."""
 
     size: str | None = None
     """A size of the ladder: nano-4 to nano-256, pythia-14m to pythia-12b."""
     config: str | None = None
     """Any causal language model of transformers: a hub name, or a config.json, or its folder."""
+    pretrained: str | None = None
+    """A trained causal language model: a hub name, a local folder, or that of a finished trial."""
+    revision: str | None = None
+    """Of a pretrained hub model: branch, tag or commit."""
+    gguf_file: str | None = None
+    """The file in the pretrained model's folder, where it is GGUF."""
     residual: Literal["parallel", "sequential"] | None = None
     """Attention and MLP side by side, as in Pythia (the default there), or one after the other."""
     tied: bool = False
@@ -82,8 +88,18 @@ class Model(_Section):
 
     @model_validator(mode="after")
     def _one_model(self) -> "Model":
-        if (self.size is None) == (self.config is None):
-            raise ValueError("give exactly one of size, config")
+        if sum(s is not None for s in (self.size, self.config, self.pretrained)) != 1:
+            raise ValueError("give exactly one of size, config, pretrained")
+        for field in ("revision", "gguf_file"):
+            if getattr(self, field) and not self.pretrained:
+                raise ValueError(f"{field}: goes with pretrained only")
+        if self.pretrained and self.tied:
+            raise ValueError(
+                "tied: the embedding of a frozen backbone cannot be trained as its head; "
+                "leave it out"
+            )
+        if self.pretrained and self.residual:
+            raise ValueError("residual: a pretrained model has its own; leave it out")
         if self.size and self.size not in backbones.LADDER:
             raise ValueError(_unknown("size", self.size, backbones.LADDER))
         return self
@@ -99,6 +115,9 @@ class Head(_Section):
     full head whose hidden gradient passes through few directions only."""
     rank: Annotated[Positive | None, BeforeValidator(lambda r: None if r == "full" else r)] = None
     """r of W = A B (A: V x r, B: r x d), or full."""
+    init: Literal["scaled", "svd", "normal"] = "scaled"
+    """The start. scaled: logits of variance one. svd: the best rank-r head for the pretrained
+    model's own, weighted by its hidden states (of rankfit). normal: N(0, 1), as in the paper."""
     experts: Positive | None = None
     """Of mos: how many softmaxes."""
     backward: Positive | None = None
@@ -126,7 +145,8 @@ class Train(_Section):
     sequence: Annotated[Positive, Field(ge=2)] = 128
     """Tokens a sequence."""
     lr: Annotated[Real, Field(gt=0)] | None = None
-    """Peak learning rate; by default that of the model's size."""
+    """Peak learning rate; by default that of the model's size. In rankfit a list is a search (by
+    default 1e-3, 3e-3, 1e-2): the best on one part of the held-out text is reported on another."""
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
     """After the warm-up: cosine decay, constant with a linear cool-down, or constant."""
     warmup: Share = 0.01
@@ -140,7 +160,7 @@ class Train(_Section):
     clip: Real = 1.0
     """Norm to which the gradient is clipped; 0: not at all."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """Of weights and activations; optimiser and loss are fp32."""
+    """Of weights and activations; optimiser and loss are fp32. In rankfit, of the backbone."""
 
     @model_validator(mode="after")
     def _one_step(self) -> "Train":
@@ -184,12 +204,13 @@ class Probes(_Section):
 class Trial(_Section):
     """One cell of a grid."""
 
-    kind: Literal["pretrain"] = "pretrain"
-    """pretrain: from scratch."""
+    kind: Literal["pretrain", "rankfit"] = "pretrain"
+    """pretrain: from scratch. rankfit: a head on the hidden states of a frozen pretrained model."""
     corpus: Source
     """The text."""
-    tokenizer: Bpe | str
-    """{train_bpe: N}, a local tokenizer.json (or its folder), or a hub name."""
+    tokenizer: Bpe | str | None = None
+    """{train_bpe: N}, a local tokenizer.json (or its folder), or a hub name; of rankfit the
+    model's own by default."""
     model: Model
     """The backbone."""
     head: Head = Head()
@@ -206,6 +227,32 @@ class Trial(_Section):
     """What is measured."""
     checkpoints: Positive = 4
     """How many times a run is saved, evenly apart."""
+    features: Literal["pass", "cache"] = "pass"
+    """Of rankfit. pass: hidden states are made when needed. cache: kept on disk, for more epochs,
+    more learning rates and later sweeps."""
+    extend: Annotated[Integer, Field(ge=0)] = 3
+    """Of rankfit: learning rates tried beyond either end of the list, while the best lies there."""
+
+    @model_validator(mode="after")
+    def _fits_its_kind(self) -> "Trial":
+        frozen = self.kind == "rankfit"
+        if frozen and self.model.pretrained is None:
+            raise ValueError("model.pretrained: missing; rankfit needs a trained model")
+        if not frozen and self.model.pretrained is not None:
+            raise ValueError("model.pretrained: is for kind: rankfit; pretrain starts from scratch")
+        if not frozen and self.tokenizer is None:
+            raise ValueError("tokenizer: missing")
+        if frozen and isinstance(self.tokenizer, Bpe):
+            raise ValueError("tokenizer: a pretrained model has its own; leave it out")
+        if frozen and self.head.kind == "backward":
+            raise ValueError(
+                "head.kind: backward is for pretrain; no gradient reaches a frozen backbone"
+            )
+        if not frozen and self.head.init == "svd":
+            raise ValueError("head.init: svd is for rankfit; it starts from a pretrained head")
+        if not frozen and self.features == "cache":
+            raise ValueError("features: cache is for rankfit; a backbone in training has no cache")
+        return self
 
     @model_validator(mode="after")
     def _whole_micro_batches(self) -> "Trial":

@@ -19,11 +19,11 @@ import ray
 import yaml
 from ray import tune
 
-from analysis import atomic, figures, tables
+from analysis import atomic, figures, ranks, tables
 from analysis.errors import BadInput
-from orchestrator import ledger, plan, tracking
+from orchestrator import ledger, plan, search, tracking
 from orchestrator.driver import Driver, Watcher
-from orchestrator.grid import Grid, blame
+from orchestrator.grid import Grid, blame, numbered
 from trainables import corpus
 
 RETRIES = 2  # of a trial whose worker raised or was killed
@@ -52,11 +52,14 @@ def run(
         watcher.preparing("opening MLflow")
         tracker = tracking.Tracker(uri, sweep, grid.name)
         tracker.describe(_note(grid, sweep), _hash(grid))
-        driver = Driver(grid.trials, costs, sweep, tracker, watcher)
-        watcher.started(costs, {i: e["status"] for i, e in driver.entries.items()})
+        driver = Driver(sweep, tracker, watcher)
+        driver.add(grid.trials, costs)
         try:
-            if driver.pending:
-                _tune(driver, cache)
+            while True:
+                if driver.pending:
+                    _tune(driver, cache)
+                if driver.pending or not _extend(driver, cache):
+                    break
         finally:
             _show(sweep, tracker)
             tracker.close(finished=not driver.pending)
@@ -110,10 +113,27 @@ def _hash(grid: Grid) -> str:
     return hashlib.sha256(ids.encode()).hexdigest()[:12]
 
 
+def _extend(driver: Driver, cache: Path) -> bool:
+    """Add trials where the best learning rate of a search lies on the edge of those tried; whether
+    there are any."""
+    trials = [entry["trial"] for entry in driver.entries.values()]
+    more = [
+        numbered(trial, rate)
+        for trial, rate in search.extended(trials, ranks.selection_losses(driver.sweep))
+    ]
+    if more:
+        driver.watcher.preparing(f"{len(more)} searches have their best rate on the edge: going on")
+        driver.add(more, plan.of(more, cache).costs)
+    return bool(more)
+
+
 def _show(sweep: Path, tracker: tracking.Tracker) -> None:
     table = tables.final_losses(sweep)
     if table.height:
         tracker.artifact(figures.loss_vs_rank(table, sweep / "report" / "loss_vs_rank.png"))
+    for backbone in ranks.fitted(sweep):
+        path = sweep / "report" / f"ranks_{backbone.name}.png"
+        tracker.artifact(figures.ranks(backbone, path))
 
 
 def _tune(driver: Driver, cache: Path) -> None:
@@ -127,11 +147,12 @@ def _tune(driver: Driver, cache: Path) -> None:
         RAY_worker_niceness="0",  # workers at Ray's 15 starve beside anything else
     )
     trials = {i: driver.entries[i]["trial"] for i in driver.pending}
+    packs = [pack.trials for pack in plan.of(list(trials.values()), cache).packs]
     stop_file = driver.sweep / "stop"
     stop_file.unlink(missing_ok=True)
 
     def resources(config: dict[str, Any]) -> tune.PlacementGroupFactory:
-        wanted = trials[config["trial"]]["resources"]
+        wanted = trials[config["pack"][0]]["resources"]
         return tune.PlacementGroupFactory([{"CPU": wanted["cpus"], "GPU": wanted["gpus"]}])
 
     with (
@@ -155,14 +176,14 @@ def _tune(driver: Driver, cache: Path) -> None:
             tune.Tuner(
                 tune.with_resources(_work, resources),
                 param_space={
-                    "trial": tune.grid_search(list(trials)),
+                    "pack": tune.grid_search(packs),
                     "sweep": str(driver.sweep),
                     "cache": str(cache.resolve()),
                 },
                 tune_config=tune.TuneConfig(
                     # A destroyed ZeRO-3 engine is not freed.
                     reuse_actors=all(t["deepspeed"]["stage"] < 3 for t in trials.values()),
-                    trial_dirname_creator=lambda trial: trial.config["trial"],
+                    trial_dirname_creator=lambda trial: trial.config["pack"][0],
                 ),
                 run_config=tune.RunConfig(
                     name="tune",
@@ -192,18 +213,22 @@ class _Callback(_ForThisProcess, tune.Callback):  # type: ignore[misc]
         self.driver = driver
 
     def on_trial_start(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
-        self.driver.on_start(trial.config["trial"])
+        for id in trial.config["pack"]:
+            self.driver.on_start(id)
 
     def on_trial_result(
         self, iteration: int, trials: Any, trial: Any, result: Any, **info: Any
     ) -> None:
-        self.driver.on_result(trial.config["trial"], result)
+        for news in result["news"]:
+            self.driver.on_result(news)
 
     def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
-        self.driver.on_end(trial.config["trial"])
+        for id in trial.config["pack"]:
+            self.driver.on_end(id)
 
     def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
-        self.driver.on_end(trial.config["trial"], _last_line(trial.error_file))
+        for id in trial.config["pack"]:
+            self.driver.on_end(id, _last_line(trial.error_file))
 
 
 class _Stopper(_ForThisProcess, tune.Stopper):  # type: ignore[misc]
@@ -220,16 +245,26 @@ class _Stopper(_ForThisProcess, tune.Stopper):  # type: ignore[misc]
 
 
 def _work(config: dict[str, Any]) -> None:
-    """One trial, in a Ray worker."""
-    from trainables import pretrain
+    """One pack, in a Ray worker."""
+    from trainables import pretrain, rankfit
 
-    sweep, id = Path(config["sweep"]), config["trial"]
-    trial = ledger.entry(sweep, id)["trial"]
-    outcome = pretrain.train(
-        trial, sweep, Path(config["cache"]), tune.report, (sweep / "stop").exists
-    )
-    if outcome.status in ledger.FINISHED:
-        ledger.conclude(sweep, id, outcome.status, outcome.step)
+    sweep, cache = Path(config["sweep"]), Path(config["cache"])
+    trials = [ledger.entry(sweep, id)["trial"] for id in config["pack"]]
+    stop = (sweep / "stop").exists
+
+    def report(news: list[dict[str, Any]]) -> None:
+        tune.report({"news": news})
+
+    if trials[0]["kind"] == "rankfit":
+        outcomes = rankfit.fit(trials, sweep, cache, report, stop)
+    else:
+        outcomes = {
+            trial["id"]: pretrain.train(trial, sweep, cache, lambda one: report([one]), stop)
+            for trial in trials
+        }
+    for id, outcome in outcomes.items():
+        if outcome.status in ledger.FINISHED:
+            ledger.conclude(sweep, id, outcome.status, outcome.step)
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from analysis import tables
+from analysis.ranks import LEVEL, Fitted, Required
 from orchestrator import ledger, tracking
 from orchestrator.plan import Cost, Plan
 
@@ -89,7 +90,14 @@ def print_plan(plan: Plan, notices: list[str], as_json: bool) -> None:
     if as_json:
         trials = [asdict(cost) for cost in plan.costs]
         print_json(
-            {"trials": trials, "at_once": plan.at_once, "hours": plan.hours, "notices": notices}
+            {
+                "trials": trials,
+                "packs": [asdict(pack) for pack in plan.packs],
+                "at_once": plan.at_once,
+                "hours": plan.hours,
+                "features": plan.features,
+                "notices": notices,
+            }
         )
         return
     for notice in notices:
@@ -127,6 +135,14 @@ def print_plan(plan: Plan, notices: list[str], as_json: bool) -> None:
         f"\n{plan.at_once} at once here: about {duration(plan.hours * 3600)}\n"
         "Estimates; on a CPU within a factor of two for linear heads."
     )
+    for pack in plan.packs:
+        if len(pack.trials) > 1:
+            print(
+                f"one pass for {len(pack.trials)} heads: {duration(pack.seconds)}, "
+                f"{short(pack.memory, 'B')}; one run a head: {duration(pack.apart)}"
+            )
+    if plan.features:
+        print(f"hidden states kept on disk: {short(plan.features, 'B')}")
 
 
 class Progress:
@@ -173,7 +189,7 @@ class Progress:
         self._show()
 
     def progress(self, trial: str, step: int, steps: int) -> None:
-        self.done[trial] = step / steps
+        self.done[trial] = step / max(1, steps)
         self.first.setdefault(trial, (time.monotonic(), self.done[trial]))
         self._show()
 
@@ -185,7 +201,7 @@ class Progress:
         if status in ("diverged", "failed"):
             reason = f": {error}" if error else ""
             self._say(f"{self.costs[trial].name} {status}{reason}")
-        self._show(always=True)
+        self._show(always="running" not in self.status.values())
 
     def stopping(self) -> None:
         self._say("stopping: running trials are being saved; again to stop at once")
@@ -241,12 +257,65 @@ def print_losses(sweep: Path, as_json: bool) -> None:
     print(f"unigram cross-entropy of the same text: {tables.unigram_loss(losses):.3f}")
 
 
+def print_ranks(backbones: list[Fitted], as_json: bool) -> None:
+    """What a low rank costs on each frozen backbone."""
+    if as_json:
+        print_json(
+            [
+                {
+                    "backbone": b.name,
+                    "unigram_loss": b.unigram,
+                    "required_rank": {family: asdict(r) for family, r in b.required.items()},
+                    "heads": b.heads.to_dicts(),
+                }
+                for b in backbones
+            ]
+        )
+        return
+    if not backbones:
+        print("no head on a frozen backbone is finished yet")
+    for b in backbones:
+        rows = [
+            (
+                row["family"],
+                str(row["rank"] or "full"),
+                "-" if row["lr"] is None else f"{row['lr']:.3g}{'*' if row['edge'] else ''}",
+                f"{row['loss']:.3f}",
+                f"{100 * row['accuracy']:.1f}",
+                "-" if row["gap"] is None else f"{row['gap']:+.3f}",
+                "-" if row["gap"] is None else f"[{row['low']:+.3f}, {row['high']:+.3f}]",
+            )
+            for row in b.heads.iter_rows(named=True)
+        ]
+        print_table(
+            ("head", "rank", "lr", "loss", "accuracy", "gap", f"{100 * LEVEL:.0f} %"),
+            rows,
+            title=f"Heads on {b.name}, frozen: held-out loss in nats per token, accuracy in %,\n"
+            "gap to a factored head of rank d",
+        )
+        if b.heads["edge"].any():
+            print("* the best learning rate is the lowest or highest tried")
+        print(f"unigram cross-entropy of the same text: {b.unigram:.3f}")
+        for family, r in b.required.items():
+            print(f"required rank, {family} heads, gap under {r.tolerance:g}: {_required(r)}")
+
+
+def _required(r: Required) -> str:
+    def end(rank: int) -> str:
+        if rank <= r.at_least:
+            return f"{r.at_least} or less"
+        return f"more than {r.at_most}" if rank > r.at_most else str(rank)
+
+    answer, low, high = end(r.rank), end(r.low), end(r.high)
+    return answer if answer == low == high else f"{answer}, {100 * LEVEL:.0f} % [{low}, {high}]"
+
+
 def print_next(sweep: Path, out: Path, tracking_uri: str | None) -> None:
     """Where everything lies, and what to try."""
     option = "" if out == Path("runs") else f" --out {out}"
+    drawn = "".join(f"\nfigure    {file}" for file in sorted(sweep.glob("report/*.png")))
     print(
-        f"""
-figure    {sweep / "report" / "loss_vs_rank.png"}
+        f"""{drawn}
 records   {sweep / "records"}
 MLflow    {tracking_uri or tracking.default_uri(out)}
 
@@ -260,6 +329,7 @@ def print_status(sweep: Path, as_json: bool) -> None:
     """Every trial of a sweep, and how far it is."""
     latest, entries = tables.latest(sweep), ledger.read(sweep)
     order = [t["id"] for t in json.loads((sweep / "plan.json").read_text())["trials"]]
+    order += [id for id in entries if id not in order]  # learning rates added on the way
     rows = [
         {
             "trial": entry["trial"]["name"],

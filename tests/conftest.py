@@ -69,4 +69,4 @@ def train_apart(
 def head_section(kind: str, rank: int | None = None, **fields: Any) -> dict[str, Any]:
     """The `head` section of a trial."""
     unused = dict.fromkeys(("experts", "backward", "directions", "refresh"))
-    return {**unused, "kind": kind, "rank": rank, **fields}
+    return {**unused, "kind": kind, "rank": rank, "init": "scaled", **fields}

@@ -119,8 +119,9 @@ def _load(name: str) -> Any:
         ) from None
 
 
-def build(config: Any) -> Any:
-    """The causal language model of a configuration, fp32, with the random state as it stands."""
+def build(config: Any, field: str = "model.config") -> Any:
+    """The causal language model of a configuration, fp32, with the random state as it stands.
+    `field` is the grid's, for what is wrong."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -128,10 +129,10 @@ def build(config: Any) -> Any:
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     except ValueError:
         raise BadInput(
-            f"model.config: {config.model_type!r} is not a causal language model of transformers"
+            f"{field}: {config.model_type!r} is not a causal language model of transformers"
         ) from None
-    if model.get_output_embeddings() is None:
-        raise BadInput(f"model.config: {config.model_type!r} has no head of its own to replace")
+    if not isinstance(model.get_output_embeddings(), torch.nn.Linear):
+        raise BadInput(f"{field}: {config.model_type!r} has no linear output head of its own")
     return model
 
 
@@ -144,14 +145,16 @@ class Shape(NamedTuple):
     """Parameters of the input embedding; the model's own untied full head has as many."""
     body: int
     """All parameters but input embedding and head."""
+    vocabulary: int
+    """Rows of the head: V."""
 
 
-def shape(config: Any) -> Shape:
+def shape(config: Any, field: str = "model.config") -> Shape:
     """Counted on the model itself, built without memory for its weights."""
     import torch
 
     with torch.device("meta"):
-        model = build(config)
+        model = build(config, field)
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     apart = {id(embedding): embedding.numel(), id(head): head.numel()}
     return Shape(
@@ -159,4 +162,5 @@ def shape(config: Any) -> Shape:
         layers=config.get_text_config().num_hidden_layers,
         embedding=embedding.numel(),
         body=sum(p.numel() for p in model.parameters()) - sum(apart.values()),
+        vocabulary=head.shape[0],
     )

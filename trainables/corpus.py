@@ -136,9 +136,16 @@ def batch(
 
     The text is cut into blocks of `sequence` tokens, shuffled anew for each epoch.
     """
+    return rows(shard, sequence, batch_blocks(shard, sequence, size, seed, step))
+
+
+def batch_blocks(
+    shard: npt.NDArray[Any], sequence: int, size: int, seed: int, step: int
+) -> list[int]:
+    """The blocks that make up that batch."""
     count = blocks(shard, sequence)
     at = range(step * size, (step + 1) * size)
-    return rows(shard, sequence, [_order(count, seed, i // count)[i % count] for i in at])
+    return [int(_order(count, seed, i // count)[i % count]) for i in at]
 
 
 def rows(shard: npt.NDArray[Any], sequence: int, indices: Iterable[int]) -> npt.NDArray[np.int64]:
@@ -156,6 +163,15 @@ def blocks(shard: npt.NDArray[Any], sequence: int) -> int:
 def sample(shard: npt.NDArray[Any], sequence: int, tokens: int) -> list[int]:
     """Indices of a fixed random sample of blocks; a larger sample begins with the smaller ones."""
     return [int(i) for i in _order(blocks(shard, sequence), 0, 0)[: max(1, tokens // sequence)]]
+
+
+def halves(shard: npt.NDArray[Any], sequence: int, tokens: int) -> tuple[list[int], list[int]]:
+    """Two such samples, of `tokens` each, that share no document but the one in the middle: from
+    the first and from the second half of the text."""
+    count = blocks(shard, sequence)
+    order, size = _order(count, 0, 0), max(1, tokens // sequence)
+    first = order < count // 2
+    return [int(i) for i in order[first][:size]], [int(i) for i in order[~first][:size]]
 
 
 @lru_cache(maxsize=4)
@@ -244,20 +260,29 @@ def _tokenizer_file(name: str) -> Path | None:
 
 
 def load_tokenizer(name: str) -> Any:
-    """A `tokenizers` tokenizer from a local tokenizer.json, its folder, or the hub."""
+    """A `tokenizers` tokenizer from a local tokenizer.json, its folder, a GGUF file, or the hub
+    (NAME or NAME@REVISION)."""
     from tokenizers import Tokenizer
 
-    if file := _tokenizer_file(name):
+    file, options = _tokenizer_file(name), {}
+    if file and file.suffix != ".gguf":
         try:
             return Tokenizer.from_file(str(file))
         except Exception as error:  # the library raises bare Exception
             raise BadInput(f"tokenizer: {file}: {error}") from None
-    hub.revision("model", name, "tokenizer")
+    if file:
+        source, options = str(file.parent), {"gguf_file": file.name}
+    elif Path(name).is_dir():
+        source = name
+    else:
+        source, _, revision = name.partition("@")
+        hub.revision("model", source, "tokenizer", revision or None)
+        options = {"revision": revision} if revision else {}
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(name).backend_tokenizer
-    except (OSError, ValueError, AttributeError) as error:
+        return AutoTokenizer.from_pretrained(source, **options).backend_tokenizer
+    except (OSError, ValueError, AttributeError, ImportError) as error:
         reason = str(error).strip().split("\n")[0]
         raise BadInput(f"tokenizer: {name!r} has no tokenizer to load: {reason}") from None
 

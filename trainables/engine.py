@@ -6,12 +6,20 @@ import gc
 import logging
 import os
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch._C._distributed_c10d import HashStore
+
+
+class Outcome(NamedTuple):
+    """How a trial left its loop."""
+
+    status: str
+    """done, diverged (its loss became NaN or infinite), or stopped (asked to; resumes later)."""
+    step: int
 
 
 def join(threads: int, gpu: bool) -> None:
@@ -102,3 +110,12 @@ def gradient_norm(engine: Any) -> float | None:
         return None
     gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
     return float(torch.nn.utils.get_total_norm(gradients))
+
+
+def any_worker(asked: bool, device: torch.device) -> bool:
+    """Whether any worker was asked to stop: all of them leave the loop at the same step."""
+    if dist.get_world_size() == 1:
+        return asked
+    votes = torch.tensor(float(asked), device=device)
+    dist.all_reduce(votes)
+    return bool(votes.item())

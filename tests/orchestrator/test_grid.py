@@ -42,7 +42,7 @@ def test_any_field_may_be_an_axis(tmp_path: Path) -> None:
         train={"tokens": 1e5, "lr": [1e-3, 1e-2], "schedule": ["cosine", "wsd", "constant"]},
     )
     assert len(found.trials) == 2 * 2 * 2 * 3
-    assert "nano-8 r=full s=0 train_bpe=512 residual=parallel lr=0.001 schedule=wsd" in names(found)
+    assert "nano-8 r=full s=0 train_bpe=512 residual=parallel schedule=wsd lr=0.001" in names(found)
 
 
 def test_numbers_may_be_written_as_yaml_misreads_them(tmp_path: Path) -> None:
@@ -63,12 +63,12 @@ def test_trials_replace_cells_and_add_others(tmp_path: Path) -> None:
     )
     rates = {t["name"]: t["train"]["lr"] for t in found.trials}
     assert rates == {
-        "nano-8 r=full s=0": 0.001,
-        "nano-16 r=2 s=0": 0.001,
-        "nano-16 r=full s=0": 0.001,
-        "nano-8 r=2 s=0": 0.5,
-        "nano-32 r=4 s=0": 0.001,
-        "nano-32 r=8 s=0": 0.001,
+        "nano-8 r=full s=0 lr=0.001": 0.001,
+        "nano-16 r=2 s=0 lr=0.001": 0.001,
+        "nano-16 r=full s=0 lr=0.001": 0.001,
+        "nano-8 r=2 s=0 lr=0.5": 0.5,
+        "nano-32 r=4 s=0 lr=0.001": 0.001,
+        "nano-32 r=8 s=0 lr=0.001": 0.001,
     }
 
 

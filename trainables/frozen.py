@@ -1,0 +1,212 @@
+"""A pretrained causal language model, frozen: what its head sees, and the head it has.
+
+Any model that transformers loads (a hub name, a folder, a GGUF file), or a finished trial of a
+sweep. Only safetensors and GGUF files are read: no pickles, no remote code.
+"""
+
+import functools
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from analysis.errors import BadInput
+from trainables import backbones, hub
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """The backbone, and its own head W h + b."""
+
+    model: Any
+    weight: Tensor
+    """V x d, fp32."""
+    bias: Tensor | None
+    """V, fp32."""
+
+    @property
+    def device(self) -> torch.device:
+        return self.weight.device
+
+    @torch.no_grad()
+    def hidden(self, ids: Tensor) -> Tensor:
+        """ids (blocks x sequence) -> what the head sees (blocks x sequence x d), fp32."""
+        # The head is the identity here, so the model's logits are what went into it (times what
+        # the model scales its logits by).
+        states: Tensor = self.model(input_ids=ids.to(self.device), use_cache=False).logits
+        return states.float()
+
+
+def folder(name: str) -> Path | None:
+    """Where a local model lies: the folder itself, or that of a trial; None for a hub name."""
+    path = Path(name)
+    if (path / "trials").is_dir() or (path.parent.name == "trials" and path.is_dir()):
+        path = path / "model"
+        if not (path / "config.json").is_file():
+            raise BadInput(
+                f"model.pretrained: {name}: no trained model here; give the folder of a finished "
+                "trial, runs/SWEEP/trials/ID"
+            )
+    return path if path.exists() else None
+
+
+def name(model: dict[str, Any]) -> str:
+    """What to call it: the GGUF file's, the trial's, the folder's or the hub's name."""
+    path = Path(model["pretrained"])
+    if model["gguf_file"]:
+        return Path(model["gguf_file"]).stem
+    in_trial = path.name == "model" and path.parent.parent.name == "trials"
+    found = (path.parent if in_trial else path).name
+    return f"{found}@{model['revision']}" if model["revision"] else found
+
+
+def tokenizer(model: dict[str, Any]) -> str:
+    """The name under which the corpus finds the model's own tokenizer."""
+    at = folder(model["pretrained"])
+    if at and model["gguf_file"]:
+        return str(at / model["gguf_file"])
+    if at:
+        return str(at)
+    return (
+        f"{model['pretrained']}@{model['revision']}" if model["revision"] else model["pretrained"]
+    )
+
+
+def fingerprint(model: dict[str, Any]) -> str:
+    """What a pretrained model is: a hub commit, or the contents of its files."""
+    at = folder(model["pretrained"])
+    if at is None:
+        return hub.revision("model", model["pretrained"], "model.pretrained", model["revision"])
+    patterns = [model["gguf_file"]] if model["gguf_file"] else ["*.safetensors", "config.json"]
+    files = sorted({f for pattern in patterns for f in at.glob(pattern)})
+    return _digest(tuple((str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files))
+
+
+@functools.cache
+def _digest(files: tuple[tuple[str, int, int], ...]) -> str:
+    """Of the contents, in order; sizes and times only say when to read them again."""
+    whole = hashlib.sha256()
+    for name, *_ in files:
+        with Path(name).open("rb") as f:
+            whole.update(hashlib.file_digest(f, "sha256").digest())
+    return whole.hexdigest()
+
+
+def shape(model: dict[str, Any], sequence: int) -> backbones.Shape:
+    """What the model comes to, without its weights.
+
+    Raises BadInput where it is no causal language model with a linear head, or cannot take
+    sequences so long.
+    """
+    wanted = {key: model[key] for key in ("pretrained", "revision", "gguf_file")}
+    config = _configuration(json.dumps(wanted))
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if limit and sequence > limit:
+        raise BadInput(
+            f"train.sequence: {sequence} is more than the {limit} positions of the model"
+        )
+    return _shape(json.dumps(wanted))
+
+
+@functools.cache
+def _configuration(model: str) -> Any:
+    name, options = _source(json.loads(model))
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(name, **options)
+    except (OSError, ValueError, ImportError) as error:
+        raise _unloadable(name, error) from None
+    if cap := getattr(config.get_text_config(), "final_logit_softcapping", None):
+        raise BadInput(
+            f"model.pretrained: {name}: its logits are not W h (final_logit_softcapping is {cap}); "
+            "rankfit needs a linear output head"
+        )
+    return config
+
+
+@functools.cache
+def _shape(model: str) -> backbones.Shape:
+    return backbones.shape(_configuration(model), "model.pretrained")
+
+
+def _source(model: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Name and options for transformers' from_pretrained. Raises BadInput where there is none."""
+    name, file, revision = model["pretrained"], model["gguf_file"], model["revision"]
+    at = folder(name)
+    if at is None:
+        hub.revision("model", name, "model.pretrained", revision)
+    elif file and not (at / file).is_file():
+        found = ", ".join(f.name for f in sorted(at.glob("*.gguf"))) or "none"
+        raise BadInput(f"model.gguf_file: {at} has no {file}; it has {found}")
+    elif not file and not (at / "config.json").is_file():
+        raise BadInput(
+            f"model.pretrained: {at}: no config.json here; for a GGUF file give gguf_file"
+        )
+    options = {"gguf_file": file} if file else {}
+    if revision:
+        options["revision"] = revision
+    return str(at or name), options
+
+
+def _unloadable(name: str, error: Exception) -> BadInput:
+    reason = str(error).strip().split("\n")[0]
+    return BadInput(f"model.pretrained: {name!r} cannot be loaded: {reason}")
+
+
+def load(model: dict[str, Any], precision: str, device: torch.device) -> Frozen:
+    """The model in fp32 or bf16, its head apart.
+
+    Raises BadInput where weights are missing, or where its logits are not W h + b: that is tried
+    on a few tokens.
+    """
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    name, options = _source(model)
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    if not model["gguf_file"]:
+        options["use_safetensors"] = True
+    try:
+        net, found = transformers.AutoModelForCausalLM.from_pretrained(
+            name, dtype=dtype, output_loading_info=True, **options
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise _unloadable(name, error) from None
+    net.requires_grad_(False).eval().to(device)
+    own = net.get_output_embeddings()
+    missing, more = set(found["missing_keys"]), set(found["unexpected_keys"])
+    prefix = next(n for n, m in net.named_modules() if m is own)
+    if missing == {f"{prefix}.weight"} and more == {f"{prefix}.A", f"{prefix}.B"}:
+        own.weight = nn.Parameter(_product(Path(name), prefix).to(own.weight), requires_grad=False)
+    elif any(key.startswith(f"{prefix}.") for key in more):
+        raise BadInput(f"model.pretrained: {name}: its output head is not linear")
+    elif missing:
+        raise BadInput(f"model.pretrained: {name}: weights are missing: {', '.join(missing)}")
+    bias = getattr(own, "bias", None)
+    ids = torch.arange(16, device=device)[None] % own.weight.shape[0]
+    with torch.no_grad():
+        logits = net(input_ids=ids, use_cache=False).logits.float()
+        net.set_output_embeddings(nn.Identity())
+        weight, bias = own.weight.float(), None if bias is None else bias.float()
+        frozen = Frozen(net, weight, bias)
+        mine = nn.functional.linear(frozen.hidden(ids), weight, bias)
+    tolerance = 5e-2 if precision == "bf16" else 1e-4
+    if (mine - logits).abs().max() > tolerance * logits.abs().max().clamp(min=1):
+        raise BadInput(
+            f"model.pretrained: {name}: its logits are not those of its output matrix; rankfit "
+            "needs a linear output head"
+        )
+    return frozen
+
+
+def _product(folder: Path, prefix: str) -> Tensor:
+    """W = A B of a factored head that a sweep has trained."""
+    from safetensors.torch import load_file
+
+    weights = load_file(folder / "model.safetensors")
+    return weights[f"{prefix}.A"] @ weights[f"{prefix}.B"]

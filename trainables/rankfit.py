@@ -1,0 +1,380 @@
+"""Many heads on one frozen backbone, in one pass: Godey et al. 2024, section 5.1 and Figure 6.
+
+Each batch goes through the backbone once; then every head of the pack takes its own step on the
+same hidden states, with its own engine, learning rate, clipping, checkpoints and records, so that
+what it learns does not depend on who else is in the pack.
+"""
+
+import functools
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from analysis import spectrum
+from trainables import (
+    checkpoint,
+    corpus,
+    engine,
+    features,
+    frozen,
+    heads,
+    memory,
+    probes,
+    schedule,
+)
+from trainables.features import Features
+from trainables.heads import LinearHead, TokenStats, token_stats
+from trainables.recorder import SECONDS, Recorder
+
+# Hidden states alike for all heads are measured with the model's own.
+ALONG, LAST = (
+    (probes.Loss, probes.HeadSpectrum),
+    (
+        probes.Loss,
+        probes.HeadSpectrum,
+        probes.AchievedRank,
+    ),
+)
+MOMENT_TOKENS = 16  # for each of d: of training text, for the second moment of hidden states
+
+
+@dataclass
+class _Head:
+    """One trial of the pack."""
+
+    trial: dict[str, Any]
+    run: Any
+    recorder: Recorder
+    row: dict[str, Any]
+    first: int
+    """The step it starts from: 0, or where its checkpoint left it."""
+    status: str = "running"
+    step: int = 0
+
+    @property
+    def head(self) -> LinearHead:
+        return self.run.module
+
+
+def fit(
+    trials: list[dict[str, Any]],
+    sweep: Path,
+    cache: Path,
+    report: Callable[[list[dict[str, Any]]], None] = lambda news: None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> dict[str, engine.Outcome]:
+    """Train the heads of a pack to their end, each from its last checkpoint where there is one.
+
+    The trials differ in head, seed and learning rate alone. Records go to the sweep's tables, a
+    head's checkpoints and, at the end, its weights to trials/<id>/. Outcomes by trial id.
+    """
+    shared = trials[0]
+    gpu = shared["resources"]["gpus"] > 0
+    engine.join(shared["resources"]["cpus"], gpu)
+    text = corpus.prepare(shared["corpus"], shared["tokenizer"], shared["text"], cache)
+    precision = shared["train"]["precision"]
+    backbone = frozen.load(shared["model"], precision, torch.device("cuda" if gpu else "cpu"))
+    kept = features.directory(shared, cache) if shared["features"] == "cache" else None
+    states = Features(backbone, text, shared["train"]["sequence"], kept)
+    pack = _Pack(shared, states, sweep, report)
+    try:
+        return pack.go(trials, should_stop)
+    finally:
+        for head in pack.heads:
+            engine.stop(head.run)
+
+
+class _Pack:
+    """What the heads share."""
+
+    def __init__(
+        self,
+        shared: dict[str, Any],
+        states: Features,
+        sweep: Path,
+        report: Callable[[list[dict[str, Any]]], None],
+    ) -> None:
+        self.settings, self.probes = shared["train"], shared["probes"]
+        self.saves = shared["checkpoints"]
+        self.states, self.sweep, self.report = states, sweep, report
+        self.backbone, self.text = states.backbone, states.text
+        self.shape = frozen.shape(shared["model"], self.settings["sequence"])
+        self.device = self.backbone.device
+        self.unigram = torch.from_numpy(self.text.unigram()).float().to(self.device)
+        t = self.settings
+        self.steps = schedule.steps(t["tokens"], t["batch"], t["sequence"])
+        self.share = t["batch"] // dist.get_world_size()
+        self.micro = min(shared["deepspeed"]["micro_batch"] or self.share, self.share)
+        self.samples: dict[bool, list[tuple[str, list[int], Tensor, Tensor]]] = {}
+        self.heads: list[_Head] = []
+        self.news: list[dict[str, Any]] = []
+        self.told = time.monotonic()
+        self.seconds, self.tokens = 0.0, 0  # of training proper, since the last probe
+
+    def go(
+        self, trials: list[dict[str, Any]], should_stop: Callable[[], bool]
+    ) -> dict[str, engine.Outcome]:
+        outcomes = {}
+        for trial in trials:
+            if trial["head"]["kind"] in heads.BASELINES:
+                outcomes[trial["id"]] = self._baseline(trial)
+            else:
+                self.heads.append(self._open(trial))
+        self._train(should_stop)
+        self._tell()
+        return outcomes | {h.trial["id"]: engine.Outcome(h.status, h.step) for h in self.heads}
+
+    def _train(self, should_stop: Callable[[], bool]) -> None:
+        probed = set(schedule.probe_steps(self.steps, self.probes["count"]))
+        logged = schedule.every(self.steps, 50)
+        saved = schedule.every(self.steps, self.saves)
+        step = min((h.step for h in self.heads), default=0)
+        while going := [h for h in self.heads if h.status == "running"]:
+            here = [h for h in going if h.step == step]
+            if step in probed:
+                self._probe([h for h in here if step > h.first or step == 0], step)
+            stopping = engine.any_worker(should_stop(), self.device) and step < self.steps
+            for h in here:
+                if h.status == "running" and h.step > h.first and (step % saved == 0 or stopping):
+                    self._save(h)
+                if h.status == "running" and step == self.steps:
+                    self._export(h)
+                    self._conclude(h, "done")
+            if stopping:
+                for h in going:
+                    h.status = "stopped" if h.status == "running" else h.status
+            elif step < self.steps:
+                here = [h for h in here if h.status == "running"]
+                self._step(here, step, log=(step + 1) % logged == 0)
+                step += 1
+            if time.monotonic() - self.told > SECONDS:
+                self._tell()
+
+    def _save(self, h: _Head) -> None:
+        h.recorder.flush(h.step)  # records first: what came before a checkpoint is on disk
+        state = {"step": h.step, "threads": torch.get_num_threads()}
+        checkpoint.save(h.run, self._folder(h.trial) / "checkpoints", state)
+
+    def _folder(self, trial: dict[str, Any]) -> Path:
+        return self.sweep / "trials" / trial["id"]
+
+    def _conclude(self, h: _Head, status: str) -> None:
+        h.status = status
+        h.recorder.flush(h.step)
+        h.recorder.row(h.row, h.status, h.step)
+
+    def _open(self, trial: dict[str, Any]) -> _Head:
+        """A head, drawn from its trial's seed as it would be alone, or from its checkpoint."""
+        t = trial["train"]
+        torch.manual_seed(trial["seed"])
+        head = heads.make(trial["head"], *self.backbone.weight.shape)
+        svd = self._weighted if trial["head"]["init"] == "svd" else None
+        heads.start(head, trial["head"]["init"], self.backbone.weight, svd)
+        run = engine.start(
+            head.to(self.device),
+            batch=t["batch"],
+            micro_batch=self.micro,
+            lr=t["lr"],
+            weight_decay=t["weight_decay"],
+            clip=t["clip"],
+            precision="fp32",  # of heads always; the backbone's own is the grid's
+            stage=trial["deepspeed"]["stage"],
+        )
+        state = checkpoint.load(run, self._folder(trial) / "checkpoints")
+        if state:
+            torch.set_num_threads(state["threads"])  # another number gives other bits
+        first = state["step"] if state else 0
+        recorder = self._recorder(trial, self.steps)
+        row = self._describe(trial, sum(p.numel() for p in head.parameters()))
+        recorder.row(row, "running", first)
+        return _Head(trial, run, recorder, row, first, step=first)
+
+    def _recorder(self, trial: dict[str, Any], steps: int) -> Recorder:
+        tokens = self.settings["batch"] * self.settings["sequence"]
+        writes = dist.get_rank() == 0
+        return Recorder(self.sweep, trial["id"], steps, tokens, self.news.append, writes)
+
+    def _describe(self, trial: dict[str, Any], params: int) -> dict[str, Any]:
+        """The trial's row in the table `trials`, but for how it ended."""
+        whole = self.shape.body + self.shape.embedding + params
+        trained = trial["head"]["kind"] not in heads.BASELINES
+        tokens = self.settings["tokens"] if trained else 0
+        return {
+            "name": trial["name"],
+            "kind": trial["kind"],
+            "size": frozen.name(trial["model"]),
+            "head": heads.label(trial["head"]),
+            "init": trial["head"]["init"] if trained else None,
+            "rank": trial["head"]["rank"],
+            "seed": trial["seed"],
+            "search": trial["search"],
+            "d": self.shape.d,
+            "vocabulary": self.shape.vocabulary,
+            "params": whole,
+            "params_without_embeddings": self.shape.body,
+            "lr": trial["train"]["lr"] if trained else None,
+            "tokens": tokens,
+            "tokens_per_param": tokens / whole,
+            "epochs": tokens / self.text.tokens["train"],
+        }
+
+    def _step(self, here: list[_Head], step: int, log: bool) -> None:
+        """One optimiser step of these heads. One whose loss is not finite, or whose step DeepSpeed
+        skips because its gradient is not, is out: diverged."""
+        if not here:
+            return
+        started, t = time.perf_counter(), self.settings
+        rank, world = dist.get_rank(), dist.get_world_size()
+        shard = self.text.shard("train")
+        blocks = corpus.batch_blocks(shard, t["sequence"], t["batch"], 0, step)[rank::world]
+        skipped = [h.run.skipped_steps for h in here]
+        losses, norms = torch.zeros(len(here), device=self.device), [0.0] * len(here)
+        rates = [self._rate(h, step) for h in here]
+        for h, lr in zip(here, rates, strict=True):
+            for group in h.run.optimizer.param_groups:
+                group["lr"] = lr
+        for part in _parts(blocks, self.micro):
+            hidden, labels = self.states.both("train", part)
+            for i, h in enumerate(here):
+                loss = h.run(hidden, labels)
+                losses[i] += loss.detach() * len(part) / len(blocks)
+                h.run.backward(loss)
+                if log and h.run.is_gradient_accumulation_boundary():
+                    norms[i] = engine.gradient_norm(h.run) or math.nan
+                h.run.step()
+        dist.all_reduce(losses)
+        self.seconds += time.perf_counter() - started
+        self.tokens += t["batch"] * t["sequence"]
+        for i, h in enumerate(here):
+            value = losses[i].item() / world
+            if not math.isfinite(value) or h.run.skipped_steps > skipped[i]:
+                self._conclude(h, "diverged")
+                continue
+            h.step = step + 1
+            if log:
+                h.recorder.scalar(step + 1, "loss", value, "train")
+                norm = float(h.run.get_global_grad_norm()) if math.isnan(norms[i]) else norms[i]
+                h.recorder.scalar(step + 1, "gradient_norm", norm, "train")
+                h.recorder.scalar(step + 1, "learning_rate", rates[i], "train")
+                h.recorder.report(step + 1, always=False)
+
+    def _rate(self, h: _Head, step: int) -> float:
+        t = h.trial["train"]
+        shape = (t["schedule"], t["warmup"], t["cooldown"], t["final_lr"])
+        return schedule.learning_rate(step, self.steps, t["lr"], *shape)
+
+    def _probe(self, here: list[_Head], step: int) -> None:
+        """Measure the heads; one whose held-out loss is not finite has diverged."""
+        peak, last = memory.peak(self.device), step == self.steps
+        speed = self.tokens / self.seconds if self.tokens else None
+        self.seconds, self.tokens = 0.0, 0
+        for h in here:
+            found = self._measure(h.head, h.recorder, step, LAST if last else ALONG, last)
+            h.recorder.scalar(step, "peak_memory", peak)
+            if speed:
+                h.recorder.scalar(step, "tokens_per_second", speed)
+            h.recorder.report(step)
+            if not all(math.isfinite(row["loss"]) for row in found.blocks):
+                self._conclude(h, "diverged")
+            self._tell()
+
+    def _measure(
+        self, head: LinearHead, recorder: Recorder, step: int, kinds: Any, last: bool
+    ) -> probes.Found:
+        with torch.no_grad():
+            found = probes.measure(head, self._batches(head, last), self.unigram, kinds)
+        for scalar in found.scalars:
+            recorder.scalar(step, **scalar)
+        for table in ("blocks", "spectra"):
+            for row in getattr(found, table):
+                recorder.add(table, step, row)
+        return found
+
+    def _batches(self, head: LinearHead, last: bool) -> Iterator[probes.Batch]:
+        for split, blocks, hidden, labels in self._evaluation(last):
+            flat = token_stats(head, hidden.flatten(0, 1), labels.flatten())
+            stats = TokenStats(*(s.view(labels.shape) for s in flat))
+            yield probes.Batch(split, blocks, hidden, labels, stats)
+
+    def _evaluation(self, last: bool) -> list[tuple[str, list[int], Tensor, Tensor]]:
+        """Held-out blocks through the backbone: those to choose a learning rate by (selection)
+        and those to report (held_out), the same for all heads."""
+        if last not in self.samples:
+            tokens = self.probes["final_tokens" if last else "tokens"]
+            shard, sequence = self.text.shard("held_out"), self.settings["sequence"]
+            samples = corpus.halves(shard, sequence, tokens)
+            self.samples[last] = [
+                (split, part, *self.states.both("held_out", part))
+                for split, sample in zip(("selection", "held_out"), samples, strict=True)
+                for part in _parts(sample, self.micro)
+            ]
+        return self.samples[last]
+
+    def _baseline(self, trial: dict[str, Any]) -> engine.Outcome:
+        """A head that nobody trains: measured as the others are at their end."""
+        kind, rank = trial["head"]["kind"], trial["head"]["rank"]
+        recorder = self._recorder(trial, 0)
+        if kind == "own":
+            head = heads.Fixed(self.backbone.weight, None, self.backbone.bias)
+        else:
+            out, down = self._weighted if kind == "svd-weighted" else self._plain
+            head = heads.Fixed(out[:, :rank].float(), down[:rank].float(), self.backbone.bias)
+        params = sum(f.numel() for f in head.factors() if f is not None)
+        kinds = (*LAST, probes.LastLayer) if kind == "own" else (probes.Loss,)
+        self._measure(head, recorder, 0, kinds, last=True)
+        recorder.flush(0)
+        recorder.row(self._describe(trial, params), "done", 0)
+        self._tell()
+        return engine.Outcome("done", 0)
+
+    @functools.cached_property
+    def _plain(self) -> tuple[Tensor, Tensor]:
+        """Factors of the model's own head, for every rank: see `spectrum.truncation`."""
+        return spectrum.truncation(self.backbone.weight)
+
+    @functools.cached_property
+    def _weighted(self) -> tuple[Tensor, Tensor]:
+        """The same, weighted by what hidden states look like on the first of the training text."""
+        t, d = self.settings, self.shape.d
+        shard = self.text.shard("train")
+        count = min(
+            corpus.blocks(shard, t["sequence"]),
+            math.ceil(max(MOMENT_TOKENS * d, 8192) / t["sequence"]),
+        )
+        blocks = corpus.batch_blocks(shard, t["sequence"], count, 0, 0)
+        moment = torch.zeros(d, d, dtype=torch.float64, device=self.device)
+        for part in _parts(blocks, self.micro):
+            hidden = self.states.both("train", part)[0].flatten(0, 1).double()
+            moment += hidden.T @ hidden
+        return spectrum.truncation(self.backbone.weight, moment / (count * t["sequence"]))
+
+    def _export(self, h: _Head) -> None:
+        """The trained head, as safetensors."""
+        from safetensors.torch import save_file
+
+        with engine.gathered(h.head):
+            if dist.get_rank() == 0:
+                weights = {n: p.detach().cpu() for n, p in h.head.named_parameters()}
+                folder = self._folder(h.trial)
+                folder.mkdir(parents=True, exist_ok=True)
+                save_file(weights, folder / "head.safetensors")
+        dist.barrier()
+
+    def _tell(self) -> None:
+        """Hand on what the recorders have said."""
+        self.told = time.monotonic()
+        if self.news:
+            self.report(list(self.news))
+            self.news.clear()
+
+
+def _parts(blocks: list[int], size: int) -> Iterator[list[int]]:
+    for start in range(0, len(blocks), size):
+        yield blocks[start : start + size]
