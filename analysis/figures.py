@@ -55,6 +55,7 @@ def ranks(fitted: Fitted, path: Path) -> Path:
     """Heads on a frozen backbone in the form of the paper's Figures 6 and 9: loss, accuracy, gap to
     full rank (beside the paper's own readings, pale) and chosen learning rate against rank."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, ScalarFormatter
 
     figure = Figure(figsize=(9.6, 7.2), layout="constrained")
     (loss, accuracy), (gap, rate) = figure.subplots(2, 2)
@@ -81,8 +82,10 @@ def ranks(fitted: Fitted, path: Path) -> Path:
         full = line.filter(pl.col("rank") == pl.col("rank").max())["loss"][0]
         pale = {"color": "0.8", "zorder": 0, "linewidth": 1}
         gap.plot(line["rank"], line["loss"] - full, **pale)
-        at = (line["rank"][0], line["loss"][0] - full)
-        gap.annotate(f"{name} (paper)", at, color="0.6", fontsize="x-small")
+        at = (line["rank"][-2], line["loss"][-2] - full)
+        gap.annotate(
+            f"{name}, paper", at, color="0.5", fontsize="x-small", rotation=90, va="top", ha="right"
+        )
         rate.plot(line["rank"], line["lr"], **pale)
     labels = (
         "loss (nats per token)",
@@ -92,9 +95,10 @@ def ranks(fitted: Fitted, path: Path) -> Path:
     )
     for axes, label in zip((loss, accuracy, gap, rate), labels, strict=True):
         axes.set_xscale("log", base=2)
-        ranks = known["rank"].unique().sort().to_list()
-        axes.set_xticks(ranks, [str(r) for r in ranks])
+        axes.xaxis.set_major_locator(LogLocator(base=2, numticks=20))
+        axes.xaxis.set_major_formatter(ScalarFormatter())
         axes.minorticks_off()
+        axes.tick_params(axis="x", labelsize="small")
         axes.set_xlabel("head rank r")
         axes.set_ylabel(label)
         axes.spines[["top", "right"]].set_visible(False)

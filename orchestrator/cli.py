@@ -88,12 +88,7 @@ def sweep(
         entries = sweeps.run(loaded, out, tracking_uri, _cache(), progress)
     statuses = [entry["status"] for entry in entries.values()]
     kinds = {entry["trial"]["kind"] for entry in entries.values()}
-    if "pretrain" in kinds:
-        terminal.print_losses(directory, as_json)
-    if "rankfit" in kinds:
-        from analysis import ranks
-
-        terminal.print_ranks(ranks.fitted(directory), as_json)
+    terminal.print_results(directory, kinds, as_json)
     if not as_json:
         terminal.print_next(directory, out, tracking_uri)
     if "stopped" in statuses or "waiting" in statuses:
@@ -145,10 +140,9 @@ def status(name: str, out: Path, as_json: bool) -> None:
 @json_option
 def ranks(name: str, out: Path, tolerance: float, as_json: bool) -> None:
     """Show what a low rank costs on the frozen backbones of SWEEP, and which rank is required."""
-    from analysis import ranks
     from orchestrator import terminal
 
-    terminal.print_ranks(ranks.fitted(_sweep(name, out), tolerance), as_json)
+    terminal.print_results(_sweep(name, out), {"rankfit"}, as_json, tolerance)
 
 
 def _sweep(name: str, out: Path) -> Path:

@@ -98,13 +98,11 @@ def _grid(raw: Any, path: Path) -> Grid:
         raise BadInput(f"name: {name!r}: letters, digits, dot, dash and underscore only")
     raw = _absolute({**raw, "name": name}, path.parent)
     base = {str(key): value for key, value in raw.items() if key not in ("name", "trials")}
-    if base.get("kind") == "rankfit" and "lr" not in (base.get("train") or {}):
-        base = _merge(base, {"train": {"lr": list(search.RATES)}})
     axes = [axis for axis, _ in _axes(base)]
     trials: dict[str, dict[str, Any]] = {}
     notices: dict[str, None] = {}
     identify = functools.cache(lambda key: corpus.identity(*json.loads(key)))  # reads all text
-    cells = _cells(base, raw.get("trials", []), axes)
+    cells = [c for cell in _cells(base, raw.get("trials", []), axes) for c in _searched(cell)]
     varied = _varied(cells, axes)
     for cell in cells:
         trial = _trial(cell, varied, identify)
@@ -195,6 +193,15 @@ def _cells(base: dict[str, Any], entries: Any, axes: list[tuple[str, ...]]) -> l
         product = [c for c in product if [_at(c, axis) for axis in axes] not in named]
         added += new
     return product + added
+
+
+def _searched(cell: dict[str, Any]) -> list[dict[str, Any]]:
+    """The cell, or, where it is a rankfit without a learning rate, one for each usual rate."""
+    head, train = cell.get("head") or {}, cell.get("train")
+    if cell.get("kind") != "rankfit" or not isinstance(train, dict) or "lr" in train:
+        return [cell]
+    init = head.get("init", "scaled") if isinstance(head, dict) else "scaled"
+    return [{**cell, "train": {**train, "lr": r}} for r in search.RATES.get(init, (1e-3,))]
 
 
 def _varied(cells: list[dict[str, Any]], axes: list[tuple[str, ...]]) -> list[tuple[str, ...]]:

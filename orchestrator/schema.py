@@ -146,7 +146,8 @@ class Train(_Section):
     """Tokens a sequence."""
     lr: Annotated[Real, Field(gt=0)] | None = None
     """Peak learning rate; by default that of the model's size. In rankfit a list is a search (by
-    default 1e-3, 3e-3, 1e-2): the best on one part of the held-out text is reported on another."""
+    default the usual ones of head.init): the best on one part of the held-out text is reported on
+    another."""
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
     """After the warm-up: cosine decay, constant with a linear cool-down, or constant."""
     warmup: Share = 0.01

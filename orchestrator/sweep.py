@@ -41,7 +41,10 @@ def run(
     plan.plan(grid, cache)
     with blame(grid.path):
         _check_text(grid, cache, watcher)
-    costs = plan.plan(grid, cache).costs  # again: the epochs are known now
+    made = plan.plan(grid, cache)  # again: the epochs are known now
+    costs = made.costs
+    if made.features:
+        watcher.preparing(f"hidden states go to {cache}: {made.features / 1e9:.2f} GB")
     try:
         sweep.mkdir(parents=True, exist_ok=True)
         (sweep / "driver.lock").touch()

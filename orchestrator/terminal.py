@@ -8,13 +8,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from analysis import tables
-from analysis.ranks import LEVEL, Fitted, Required
+from analysis import ranks, tables
+from analysis.ranks import TOLERANCE
 from orchestrator import ledger, tracking
 from orchestrator.plan import Cost, Plan
 
@@ -235,12 +236,35 @@ class Progress:
         return " · ".join(parts)
 
 
-def print_losses(sweep: Path, as_json: bool) -> None:
-    """Held-out loss by size and rank."""
-    losses = tables.final_losses(sweep)
+def print_results(
+    sweep: Path, kinds: set[str], as_json: bool, tolerance: float = TOLERANCE
+) -> None:
+    """What a sweep of such trials has found."""
+    losses, backbones = tables.final_losses(sweep), ranks.fitted(sweep, tolerance)
     if as_json:
-        print_json({"sweep": str(sweep), "trials": losses.to_dicts()})
+        found: dict[str, Any] = {"sweep": str(sweep)}
+        if "pretrain" in kinds:
+            found["trials"] = losses.to_dicts()
+        if "rankfit" in kinds:
+            found["backbones"] = [
+                {
+                    "name": b.name,
+                    "unigram_loss": b.unigram,
+                    "required_rank": {family: asdict(r) for family, r in b.required.items()},
+                    "heads": b.heads.to_dicts(),
+                }
+                for b in backbones
+            ]
+        print_json(found)
         return
+    if "pretrain" in kinds:
+        _print_losses(losses)
+    if "rankfit" in kinds:
+        _print_ranks(backbones)
+
+
+def _print_losses(losses: pl.DataFrame) -> None:
+    """Held-out loss by size and rank."""
     if losses.is_empty():
         print("no trial is finished yet")
         return
@@ -257,21 +281,8 @@ def print_losses(sweep: Path, as_json: bool) -> None:
     print(f"unigram cross-entropy of the same text: {tables.unigram_loss(losses):.3f}")
 
 
-def print_ranks(backbones: list[Fitted], as_json: bool) -> None:
+def _print_ranks(backbones: list[ranks.Fitted]) -> None:
     """What a low rank costs on each frozen backbone."""
-    if as_json:
-        print_json(
-            [
-                {
-                    "backbone": b.name,
-                    "unigram_loss": b.unigram,
-                    "required_rank": {family: asdict(r) for family, r in b.required.items()},
-                    "heads": b.heads.to_dicts(),
-                }
-                for b in backbones
-            ]
-        )
-        return
     if not backbones:
         print("no head on a frozen backbone is finished yet")
     for b in backbones:
@@ -288,7 +299,7 @@ def print_ranks(backbones: list[Fitted], as_json: bool) -> None:
             for row in b.heads.iter_rows(named=True)
         ]
         print_table(
-            ("head", "rank", "lr", "loss", "accuracy", "gap", f"{100 * LEVEL:.0f} %"),
+            ("head", "rank", "lr", "loss", "accuracy", "gap", f"{100 * ranks.LEVEL:.0f} %"),
             rows,
             title=f"Heads on {b.name}, frozen: held-out loss in nats per token, accuracy in %,\n"
             "gap to a factored head of rank d",
@@ -300,14 +311,16 @@ def print_ranks(backbones: list[Fitted], as_json: bool) -> None:
             print(f"required rank, {family} heads, gap under {r.tolerance:g}: {_required(r)}")
 
 
-def _required(r: Required) -> str:
+def _required(r: ranks.Required) -> str:
     def end(rank: int) -> str:
         if rank <= r.at_least:
             return f"{r.at_least} or less"
         return f"more than {r.at_most}" if rank > r.at_most else str(rank)
 
     answer, low, high = end(r.rank), end(r.low), end(r.high)
-    return answer if answer == low == high else f"{answer}, {100 * LEVEL:.0f} % [{low}, {high}]"
+    return (
+        answer if answer == low == high else f"{answer}, {100 * ranks.LEVEL:.0f} % [{low}, {high}]"
+    )
 
 
 def print_next(sweep: Path, out: Path, tracking_uri: str | None) -> None:

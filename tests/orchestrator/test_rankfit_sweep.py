@@ -104,10 +104,11 @@ def test_what_is_shown_is_what_the_records_hold(swept: Path) -> None:
         assert words in shown
     assert "Traceback" not in said and "Warning" not in said
     again = json.loads(command("ranks", "tiny", "--json", cwd=swept).stdout)
-    assert again[0]["required_rank"]["linear"]["tolerance"] == 0.02
-    assert [h["loss"] for h in again[0]["heads"]] == found.heads["loss"].to_list()
+    (backbone,) = again["backbones"]
+    assert backbone["required_rank"]["linear"]["tolerance"] == 0.02
+    assert [h["loss"] for h in backbone["heads"]] == found.heads["loss"].to_list()
     wide = json.loads(command("ranks", "tiny", "--tolerance", "9", "--json", cwd=swept).stdout)
-    assert wide[0]["required_rank"]["linear"]["rank"] == 2
+    assert wide["backbones"][0]["required_rank"]["linear"]["rank"] == 2
 
 
 def test_every_head_has_a_run_of_its_own(swept: Path) -> None:

@@ -1,9 +1,11 @@
 import copy
 import itertools
 import math
+import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import polars as pl
 import pytest
 import torch
@@ -171,7 +173,6 @@ def test_baselines_are_what_numpy_makes_of_them(
 ) -> None:
     """The model's own head gives the loss of the model itself on the same blocks; its truncated
     SVD that of numpy's; the weighted one has the least error among all three."""
-    import numpy as np
     import transformers
 
     some = trials(tmp_path, backbone, head={"rank": [2, "full"]})
@@ -258,7 +259,6 @@ def test_achieved_rank_of_a_linear_head_is_its_rank(
 
 def test_truncation_is_the_best_head_of_every_rank() -> None:
     """Against numpy's dense solution; E|C (W - W_r) h|^2 is the sum of what is cut off."""
-    import numpy as np
 
     torch.manual_seed(3)
     w = torch.randn(60, 12, dtype=torch.float64) + 3
@@ -294,3 +294,31 @@ def test_checkpoints_of_a_pack_are_whole(backbone: Path, cache: Path, tmp_path: 
     for trial in some:
         (kept,) = (tmp_path / "trials" / trial["id"] / "checkpoints").glob("step-*")
         assert checkpoint.verify(kept) == []
+
+
+def _worker(
+    rank: int, some: list[dict[str, Any]], sweep: Path, cache: Path, store: Path, stop: int
+) -> None:
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=2
+    )
+    asked = itertools.count()
+    # One worker alone is asked to stop, and both do.
+    rankfit.fit(some, sweep, cache, should_stop=lambda: bool(rank) and next(asked) >= stop)
+
+
+def test_two_workers_fit_the_heads_that_one_does(
+    backbone: Path, cache: Path, tmp_path: Path
+) -> None:
+    """Each with half of every batch; stopped together, and going on together."""
+    some = trials(tmp_path, backbone, head={"rank": [2, 4], "init": "svd"})
+    rankfit.fit(some, tmp_path / "one", cache)
+    for start, stop in enumerate((6, 10**6)):
+        store = tmp_path / f"store{start}"
+        torch.multiprocessing.spawn(_worker, (some, tmp_path / "two", cache, store, stop), nprocs=2)
+    for trial in some:
+        one, two = (rows(tmp_path / n, "scalars", trial["id"]) for n in ("one", "two"))
+        keys = ["step", "split", "metric", "layer"]
+        assert one.height and one.select(keys).equals(two.select(keys))
+        np.testing.assert_allclose(one["value"], two["value"], rtol=1e-3, atol=1e-4)
