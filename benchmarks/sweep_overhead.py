@@ -59,7 +59,7 @@ def measure(name: str, run: Callable[[str], None]) -> float:
 
 
 def lmsat(folder: str) -> None:
-    from orchestrator import grid, ledger, sweep, terminal, tracking
+    from orchestrator import grid, ledger, progress, sweep, tracking
 
     def work(config: dict[str, Any]) -> None:
         from ray import tune
@@ -76,7 +76,7 @@ def lmsat(folder: str) -> None:
         path = Path(home) / "noop.yaml"
         path.write_text(GRID)
         entries = sweep.run(
-            grid.load(path), Path(home), None, Path(home), terminal.Progress(quiet=True)
+            grid.load(path), Path(home), None, Path(home), progress.Progress(quiet=True)
         )
         assert [e["status"] for e in entries.values()] == ["done"] * TRIALS
         assert len(ledger.read(Path(home) / "noop")) == TRIALS

@@ -79,13 +79,14 @@ def sweep(
     if dry_run:
         _plan(loaded, as_json)
         return
+    from orchestrator import progress
     from orchestrator import sweep as sweeps
 
     for notice in loaded.notices:
         click.echo(f"note: {notice}", err=True)
     directory = out / loaded.name
-    with terminal.Progress() as progress:
-        entries = sweeps.run(loaded, out, tracking_uri, _cache(), progress)
+    with progress.Progress() as watcher:
+        entries = sweeps.run(loaded, out, tracking_uri, _cache(), watcher)
     statuses = [entry["status"] for entry in entries.values()]
     kinds = {entry["trial"]["kind"] for entry in entries.values()}
     terminal.print_results(directory, kinds, as_json)

@@ -5,19 +5,16 @@ same hidden states, with its own engine, learning rate, clipping, checkpoints an
 what it learns does not depend on who else is in the pack.
 """
 
-import functools
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
-from analysis import spectrum
 from trainables import (
     checkpoint,
     corpus,
@@ -29,8 +26,9 @@ from trainables import (
     probes,
     schedule,
 )
+from trainables.evaluation import Evaluation, parts
 from trainables.features import Features
-from trainables.heads import LinearHead, TokenStats, token_stats
+from trainables.heads import LinearHead
 from trainables.recorder import SECONDS, Recorder
 
 # Hidden states alike for all heads are measured with the model's own.
@@ -42,7 +40,6 @@ ALONG, LAST = (
         probes.AchievedRank,
     ),
 )
-MOMENT_TOKENS = 16  # for each of d: of training text, for the second moment of hidden states
 
 
 @dataclass
@@ -107,12 +104,11 @@ class _Pack:
         self.backbone, self.text = states.backbone, states.text
         self.shape = frozen.shape(shared["model"], self.settings["sequence"])
         self.device = self.backbone.device
-        self.unigram = torch.from_numpy(self.text.unigram()).float().to(self.device)
         t = self.settings
         self.steps = schedule.steps(t["tokens"], t["batch"], t["sequence"])
         self.share = t["batch"] // dist.get_world_size()
         self.micro = min(shared["deepspeed"]["micro_batch"] or self.share, self.share)
-        self.samples: dict[bool, list[tuple[str, list[int], Tensor, Tensor]]] = {}
+        self.evaluation = Evaluation(states, shared["probes"], self.micro)
         self.heads: list[_Head] = []
         self.news: list[dict[str, Any]] = []
         self.told = time.monotonic()
@@ -175,7 +171,7 @@ class _Pack:
         t = trial["train"]
         torch.manual_seed(trial["seed"])
         head = heads.make(trial["head"], *self.backbone.weight.shape)
-        svd = self._weighted if trial["head"]["init"] == "svd" else None
+        svd = self.evaluation.weighted if trial["head"]["init"] == "svd" else None
         heads.start(head, trial["head"]["init"], self.backbone.weight, svd)
         run = engine.start(
             head.to(self.device),
@@ -240,7 +236,7 @@ class _Pack:
         for h, lr in zip(here, rates, strict=True):
             for group in h.run.optimizer.param_groups:
                 group["lr"] = lr
-        for part in _parts(blocks, self.micro):
+        for part in parts(blocks, self.micro):
             hidden, labels = self.states.both("train", part)
             for i, h in enumerate(here):
                 loss = h.run(hidden, labels)
@@ -276,84 +272,27 @@ class _Pack:
         speed = self.tokens / self.seconds if self.tokens else None
         self.seconds, self.tokens = 0.0, 0
         for h in here:
-            found = self._measure(h.head, h.recorder, step, LAST if last else ALONG, last)
+            kinds = LAST if last else ALONG
+            finite = self.evaluation.measure(h.head, h.recorder, step, kinds, last)
             h.recorder.scalar(step, "peak_memory", peak)
             if speed:
                 h.recorder.scalar(step, "tokens_per_second", speed)
             h.recorder.report(step)
-            if not all(math.isfinite(row["loss"]) for row in found.blocks):
+            if not finite:
                 self._conclude(h, "diverged")
             self._tell()
 
-    def _measure(
-        self, head: LinearHead, recorder: Recorder, step: int, kinds: Any, last: bool
-    ) -> probes.Found:
-        with torch.no_grad():
-            found = probes.measure(head, self._batches(head, last), self.unigram, kinds)
-        for scalar in found.scalars:
-            recorder.scalar(step, **scalar)
-        for table in ("blocks", "spectra"):
-            for row in getattr(found, table):
-                recorder.add(table, step, row)
-        return found
-
-    def _batches(self, head: LinearHead, last: bool) -> Iterator[probes.Batch]:
-        for split, blocks, hidden, labels in self._evaluation(last):
-            flat = token_stats(head, hidden.flatten(0, 1), labels.flatten())
-            stats = TokenStats(*(s.view(labels.shape) for s in flat))
-            yield probes.Batch(split, blocks, hidden, labels, stats)
-
-    def _evaluation(self, last: bool) -> list[tuple[str, list[int], Tensor, Tensor]]:
-        """Held-out blocks through the backbone: those to choose a learning rate by (selection)
-        and those to report (held_out), the same for all heads."""
-        if last not in self.samples:
-            tokens = self.probes["final_tokens" if last else "tokens"]
-            shard, sequence = self.text.shard("held_out"), self.settings["sequence"]
-            samples = corpus.halves(shard, sequence, tokens)
-            self.samples[last] = [
-                (split, part, *self.states.both("held_out", part))
-                for split, sample in zip(("selection", "held_out"), samples, strict=True)
-                for part in _parts(sample, self.micro)
-            ]
-        return self.samples[last]
-
     def _baseline(self, trial: dict[str, Any]) -> engine.Outcome:
         """A head that nobody trains: measured as the others are at their end."""
-        kind, rank = trial["head"]["kind"], trial["head"]["rank"]
-        recorder = self._recorder(trial, 0)
-        if kind == "own":
-            head = heads.Fixed(self.backbone.weight, None, self.backbone.bias)
-        else:
-            out, down = self._weighted if kind == "svd-weighted" else self._plain
-            head = heads.Fixed(out[:, :rank].float(), down[:rank].float(), self.backbone.bias)
+        kind, recorder = trial["head"]["kind"], self._recorder(trial, 0)
+        head = self.evaluation.baseline(kind, trial["head"]["rank"])
         params = sum(f.numel() for f in head.factors() if f is not None)
         kinds = (*LAST, probes.LastLayer) if kind == "own" else (probes.Loss,)
-        self._measure(head, recorder, 0, kinds, last=True)
+        self.evaluation.measure(head, recorder, 0, kinds, last=True)
         recorder.flush(0)
         recorder.row(self._describe(trial, params), "done", 0)
         self._tell()
         return engine.Outcome("done", 0)
-
-    @functools.cached_property
-    def _plain(self) -> tuple[Tensor, Tensor]:
-        """Factors of the model's own head, for every rank: see `spectrum.truncation`."""
-        return spectrum.truncation(self.backbone.weight)
-
-    @functools.cached_property
-    def _weighted(self) -> tuple[Tensor, Tensor]:
-        """The same, weighted by what hidden states look like on the first of the training text."""
-        t, d = self.settings, self.shape.d
-        shard = self.text.shard("train")
-        count = min(
-            corpus.blocks(shard, t["sequence"]),
-            math.ceil(max(MOMENT_TOKENS * d, 8192) / t["sequence"]),
-        )
-        blocks = corpus.batch_blocks(shard, t["sequence"], count, 0, 0)
-        moment = torch.zeros(d, d, dtype=torch.float64, device=self.device)
-        for part in _parts(blocks, self.micro):
-            hidden = self.states.both("train", part)[0].flatten(0, 1).double()
-            moment += hidden.T @ hidden
-        return spectrum.truncation(self.backbone.weight, moment / (count * t["sequence"]))
 
     def _export(self, h: _Head) -> None:
         """The trained head, as safetensors."""
@@ -373,8 +312,3 @@ class _Pack:
         if self.news:
             self.report(list(self.news))
             self.news.clear()
-
-
-def _parts(blocks: list[int], size: int) -> Iterator[list[int]]:
-    for start in range(0, len(blocks), size):
-        yield blocks[start : start + size]

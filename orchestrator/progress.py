@@ -1,0 +1,102 @@
+"""How far a sweep is, on stderr: one live line, or plain lines where there is no terminal."""
+
+import time
+
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+
+from orchestrator.plan import Cost
+from orchestrator.terminal import duration, short
+
+EVERY = 10.0  # seconds between lines where there is no terminal
+
+
+class Progress:
+    """One live line while a sweep runs; a plain line now and then where there is no terminal."""
+
+    def __init__(self, quiet: bool = False) -> None:
+        self.console = Console(stderr=True, quiet=quiet, markup=False, highlight=False)
+        self.live = Live("", console=self.console, transient=True, refresh_per_second=4)
+        self.costs: dict[str, Cost] = {}
+        self.status: dict[str, str] = {}
+        self.done: dict[str, float] = {}  # share of each trial
+        self.began = self.said = time.monotonic()
+        self.share_at_start = 0.0
+        self.first: dict[str, tuple[float, float]] = {}  # when each running trial was first heard
+
+    def __enter__(self) -> "Progress":
+        if self.console.is_terminal:
+            self.live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.live.stop()
+
+    def _say(self, line: str) -> None:
+        self.console.print(line, soft_wrap=True)
+
+    def preparing(self, what: str, count: int = 0) -> None:
+        line = f"{what}: {count} documents" if count else f"{what} ..."
+        if self.console.is_terminal:
+            self.live.update(Text(line), refresh=True)
+        elif not count or time.monotonic() - self.said > EVERY:
+            self._say(line)
+            self.said = time.monotonic()
+
+    def started(self, costs: list[Cost], statuses: dict[str, str]) -> None:
+        self.costs, self.status = {c.id: c for c in costs}, statuses
+        self.done = {i: float(s in ("done", "diverged")) for i, s in statuses.items()}
+        self.began, self.share_at_start = time.monotonic(), self._share()
+        if finished := sum(d == 1 for d in self.done.values()):
+            self._say(f"{finished} of {len(costs)} trials are finished already")
+
+    def running(self, trial: str) -> None:
+        self.status[trial] = "running"
+        self._show()
+
+    def progress(self, trial: str, step: int, steps: int) -> None:
+        self.done[trial] = step / max(1, steps)
+        self.first.setdefault(trial, (time.monotonic(), self.done[trial]))
+        self._show()
+
+    def ended(self, trial: str, status: str, error: str | None) -> None:
+        self.status[trial] = status
+        self.first.pop(trial, None)
+        if status in ("done", "diverged"):
+            self.done[trial] = 1.0
+        if status in ("diverged", "failed"):
+            reason = f": {error}" if error else ""
+            self._say(f"{self.costs[trial].name} {status}{reason}")
+        self._show(always="running" not in self.status.values())
+
+    def stopping(self) -> None:
+        self._say("stopping: running trials are being saved; again to stop at once")
+
+    def _share(self) -> float:
+        """Of all the work, by estimated time."""
+        total = sum(c.seconds for c in self.costs.values())
+        return sum(c.seconds * self.done[i] for i, c in self.costs.items()) / total
+
+    def _show(self, always: bool = False) -> None:
+        if self.console.is_terminal:
+            self.live.update(Text(self._line()))
+        elif always or time.monotonic() - self.said > EVERY:
+            self._say(self._line())
+            self.said = time.monotonic()
+
+    def _line(self) -> str:
+        count = {s: sum(x == s for x in self.status.values()) for s in set(self.status.values())}
+        parts = [f"{count.get(s, 0)} {s}" for s in ("done", "running", "waiting")]
+        parts += [f"{n} {s}" for s, n in count.items() if s in ("diverged", "failed", "stopped")]
+        now, rate = time.monotonic(), 0.0
+        for trial, (since, share) in self.first.items():
+            if now > since:
+                rate += self.costs[trial].tokens * (self.done[trial] - share) / (now - since)
+        if rate:
+            parts.append(f"{short(rate)} tokens/s")
+        gained = self._share() - self.share_at_start
+        if gained > 0.01 and self._share() < 1:
+            left = (now - self.began) * (1 - self._share()) / gained
+            parts.append(f"{duration(left)} left")
+        return " · ".join(parts)
