@@ -104,7 +104,13 @@ def ranks(fitted: Fitted, path: Path) -> Path:
         axes.spines[["top", "right"]].set_visible(False)
     gap.set_yscale("symlog", linthresh=0.01)
     rate.set_yscale("log")
-    loss.legend(frameon=False, fontsize="x-small")
+    figure.legend(
+        *loss.get_legend_handles_labels(),
+        loc="outside lower center",
+        ncols=5,
+        frameon=False,
+        fontsize="small",
+    )
     figure.suptitle(f"Heads on {fitted.name}, frozen", fontsize="medium")
     atomic.write(path, lambda partial: figure.savefig(partial, format="png", dpi=150))
     return path
