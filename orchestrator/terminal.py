@@ -35,14 +35,20 @@ def print_table(headers: Sequence[str], rows: Iterable[Sequence[str]], title: st
     """To stdout, the first column to the left and the others to the right."""
     if title:
         print(title)
-    table = Table(box=None, padding=(0, 1, 0, 0))
-    for i, header in enumerate(headers):
-        table.add_column(header, justify="left" if i == 0 else "right", no_wrap=True)
-    for row in rows:
-        table.add_row(*map(Text, row))
-    console = Console()
+    console, table, rows = Console(), Table(box=None, padding=(0, 1, 0, 0)), list(rows)
     if not console.is_terminal:  # a pipe has no width: never fold a row
         console.width = 200
+    # On a narrow terminal only names are cut, never numbers.
+    numbers = sum(
+        max(map(len, column)) + 1 for column in list(zip(headers, *rows, strict=True))[1:]
+    )
+    for i, header in enumerate(headers):
+        if i == 0:
+            table.add_column(header, no_wrap=True, max_width=max(8, console.width - numbers - 1))
+        else:
+            table.add_column(header, no_wrap=True, justify="right")
+    for row in rows:
+        table.add_row(*map(Text, row))
     console.print(table)
 
 

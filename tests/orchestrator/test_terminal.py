@@ -28,6 +28,14 @@ def test_json_has_no_nan(capsys: Any) -> None:
     assert json.loads(capsys.readouterr().out) == {"a": [None, 1.5, {"b": None}]}
 
 
+def test_a_narrow_terminal_cuts_names_and_no_numbers(capsys: Any, monkeypatch: Any) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes it for a terminal
+    terminal.print_table(["name", "value", "more"], [["n" * 60, "1.2345678", "[+1, -2]"]])
+    lines = capsys.readouterr().out.splitlines()
+    assert all("1.2345678" in x and "[+1, -2]" in x and "…" in x for x in lines[1:])
+
+
 def test_a_table_in_a_pipe_is_not_folded(capsys: Any) -> None:
     terminal.print_table(["name", "value"], [["[red]x" + "y" * 90, "1"]], title="t" * 90)
     lines = capsys.readouterr().out.splitlines()

@@ -3,6 +3,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from analysis import spectrum
 from tests.conftest import head_section
@@ -297,3 +298,28 @@ def test_head_and_embedding_are_drawn_apart() -> None:
     embedding = model.model.get_input_embeddings().weight.detach().flatten()
     both = torch.stack([embedding, model.head.weight.detach().flatten()])
     assert abs(torch.corrcoef(both)[0, 1].item()) < 0.1
+
+
+def test_a_head_as_given_has_its_bias_and_nothing_to_train() -> None:
+    torch.manual_seed(0)
+    out, down, bias = torch.randn(50, 3), torch.randn(3, 8), torch.randn(50)
+    hidden, labels = torch.randn(7, 8), torch.randint(50, (7,))
+    for factors, w in (((out, down), out @ down), ((out @ down, None), out @ down)):
+        head = heads.Fixed(*factors, bias)
+        logits = hidden @ w.T + bias
+        assert torch.allclose(head(hidden), logits, atol=1e-5)
+        assert torch.allclose(head(hidden, labels), F.cross_entropy(logits, labels), atol=1e-5)
+        assert list(head.parameters()) == []
+
+
+@pytest.mark.parametrize("kind", ["linear", "sigsoftmax", "monotone"])
+def test_normal_starts_are_the_papers(kind: str) -> None:
+    """A, B from N(0, 1): logits of scale sqrt(r d) on states of unit variance."""
+    torch.manual_seed(0)
+    head = heads.make(head_section(kind, 64), 400, 256)
+    heads.start(head, "normal")
+    assert head.A is not None and head.B is not None
+    for matrix in (head.A, head.B):
+        assert abs(matrix.mean().item()) < 0.02 and abs(matrix.std().item() - 1) < 0.02
+    z = heads.LinearHead.logits(head, torch.randn(500, 256))
+    assert z.std().item() == pytest.approx((64 * 256) ** 0.5, rel=0.1)
