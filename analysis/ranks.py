@@ -98,10 +98,14 @@ def fitted(sweep: Path, tolerance: float = TOLERANCE) -> list[Fitted]:
     last = ended.select("trial", pl.col("step").cast(pl.Int64)).lazy()
     losses = blocks.join(last, on=["trial", "step"]).collect()
     found = []
-    for (name,), some in ended.group_by("size", maintain_order=True):
-        done = some.filter(pl.col("status") == "done")
-        if done.filter(pl.col("head") == "own").height:
-            found.append(_backbone(str(name), done, losses, tolerance))
+    done = ended.filter(pl.col("status") == "done")
+    # One text, one number: heads judged on other text are another figure.
+    text = pl.col("unigram_loss").round(9)
+    for _, some in done.group_by("size", text, maintain_order=True):
+        own = some.filter(pl.col("head") == "own")
+        if own.height:
+            name = own["name"][0].removesuffix(" own").replace(" own ", " ")
+            found.append(_backbone(name, some, losses, tolerance))
     return found
 
 

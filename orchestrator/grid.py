@@ -114,10 +114,24 @@ def _grid(raw: Any, path: Path) -> Grid:
             trials[trial["id"]] = trial
     if not trials:
         raise BadInput("no trial is left: " + "; ".join(notices))
-    for extra in search.completed([t for t in trials.values() if t["kind"] == "rankfit"]):
+    frozen_ones = [t for t in trials.values() if t["kind"] == "rankfit"]
+    _check_names(frozen_ones)
+    for extra in search.completed(frozen_ones):
         trial = numbered(extra)
         trials.setdefault(trial["id"], trial)
     return Grid(path, name, raw, list(trials.values()), list(notices))
+
+
+def _check_names(trials: list[dict[str, Any]]) -> None:
+    """Results are told apart by the backbone's name."""
+    models: dict[str, dict[str, Any]] = {}
+    for model in (t["model"] for t in trials):
+        other = models.setdefault(frozen.name(model), model)
+        if frozen.fingerprint(other) != frozen.fingerprint(model):
+            raise BadInput(
+                f"model.pretrained: {other['pretrained']} and {model['pretrained']} are two models "
+                f"of one name, {frozen.name(model)}; rename a folder"
+            )
 
 
 _PATHS = (
@@ -219,6 +233,8 @@ def _leaves(tree: dict[str, Any], prefix: tuple[str, ...] = ()) -> Iterator[tupl
             yield (*prefix, str(key))
 
 
+_TEXT = ("corpus", "tokenizer", "probes", "train.sequence", "train.precision")
+
 # Fields that a trial's name tells in its own way.
 _NAMED = {("seed",), ("head",), ("model",), ("train", "lr")} | {
     (section, field)
@@ -251,7 +267,7 @@ def _trial(
         trial["tokenizer"] = _own_tokenizer(trial)
     trial["head"] = _plain_head(trial["head"])
     told = [axis for axis in axes if axis not in _NAMED and _at(cell, axis) is not None]
-    more = [f"{axis[-1]}={_at(cell, axis)}" for axis in told]
+    more = {".".join(axis): f"{axis[-1]}={_at(cell, axis)}" for axis in told}
     searched = ("train", "lr") in axes
     trial["text"] = identify(json.dumps([trial["corpus"], trial["tokenizer"]]))
     return numbered({**trial, "axes": more, "searched": searched, "beyond": 0})
@@ -272,12 +288,14 @@ def _name(trial: dict[str, Any], baseline: bool) -> str:
     named = model["size"] or (Path(model["config"]).name if model["config"] else frozen.name(model))
     kind = [] if head["kind"] == "linear" else [heads.label(head)]
     if baseline:
+        # Nobody trains it: it is told by its text alone.
+        told = [t for at, t in trial["axes"].items() if at.startswith(_TEXT)]
         rank = [f"r={head['rank']}"] if head["rank"] else []
-        return " ".join([named, *kind, *rank, *trial["axes"]])
+        return " ".join([named, *kind, *rank, *told])
     init = [] if head["init"] == "scaled" else [f"init={head['init']}"]
     rate = [f"lr={trial['train']['lr']:g}"] if trial["searched"] else []
     rank = [f"r={head['rank'] or 'full'}", f"s={trial['seed']}"]
-    return " ".join([named, *kind, *rank, *init, *trial["axes"], *rate])
+    return " ".join([named, *kind, *rank, *init, *trial["axes"].values(), *rate])
 
 
 @functools.cache

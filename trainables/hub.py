@@ -1,11 +1,13 @@
 """Whether a name on the Hugging Face hub can be had, before a library retries for a minute."""
 
+import functools
 from pathlib import Path
 from typing import Literal
 
 from analysis.errors import BadInput
 
 
+@functools.cache  # a process sees one commit
 def revision(
     kind: Literal["dataset", "model"], name: str, field: str, wanted: str | None = None
 ) -> str:

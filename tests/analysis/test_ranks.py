@@ -158,6 +158,28 @@ def test_seeds_and_the_choice_of_rate_widen_the_interval(tmp_path: Path) -> None
     assert widths["luck"] > widths["sure"]
 
 
+def test_heads_judged_on_other_text_are_another_figure(tmp_path: Path) -> None:
+    """Two sequence lengths in one sweep: other blocks, nothing to pair."""
+    write(tmp_path, np.random.default_rng(0), {8: 0.2, 32: 0.0}, [0])
+    for table in ("trials", "scalars", "blocks"):
+        for row in records.scan(tmp_path, table).collect().partition_by("trial"):
+            id = row["trial"][0] + "_long"
+            renamed = row.with_columns(trial=pl.lit(id))
+            if table == "trials":
+                name = row["name"][0].replace("m own", "m own sequence=64")
+                renamed = renamed.with_columns(name=pl.lit(name))
+            if table == "scalars":
+                value = pl.when(pl.col("metric") == "unigram_loss").then(7.0).otherwise("value")
+                renamed = renamed.with_columns(value=value)
+            if table == "blocks":
+                renamed = renamed.with_columns(block=pl.col("block") + 1000)
+            records.write(tmp_path, table, id, 7, renamed.to_dicts())
+    found = ranks.fitted(tmp_path)
+    assert [(f.name, f.unigram) for f in found] == [("m", 6.0), ("m sequence=64", 7.0)]
+    for one in found:
+        assert one.heads["gap"].is_finite().all() and one.heads.height == 3
+
+
 def test_a_diverged_trial_has_infinite_selection_loss(tmp_path: Path) -> None:
     write(tmp_path, np.random.default_rng(0), {8: 0.1, 32: 0.0}, [0])
     (row,) = records.scan(tmp_path, "trials", "m_r=8_s=0_lr=0.2").collect().to_dicts()

@@ -76,6 +76,28 @@ def test_the_grid_is_completed_by_baselines_and_rank_d(backbone: Path, tmp_path:
     assert len({t["search"] for t in trials if t["search"]}) == 4
 
 
+def test_baselines_are_named_by_their_text_and_stand_once(backbone: Path, tmp_path: Path) -> None:
+    train = {**RANKFIT["train"], "lr": 1e-2, "clip": [0, 1], "sequence": [32, 64]}
+    trials = grid.load(write(tmp_path, backbone, train=train, head={"rank": 2})).trials
+    named = [t["name"].removeprefix(backbone.name + " ") for t in trials]
+    assert len(set(named)) == len(named)
+    assert [n for n in named if n.startswith("own")] == ["own sequence=32", "own sequence=64"]
+    assert "r=2 s=0 sequence=64 clip=0" in named and "r=16 s=0 sequence=32 clip=1" in named
+
+
+def test_two_models_of_one_name_are_refused(backbone: Path, tmp_path: Path) -> None:
+    import shutil
+
+    folders = [tmp_path / which / "m" for which in "ab"]
+    for folder in folders:
+        shutil.copytree(backbone / "model", folder)
+    path = write(tmp_path, backbone, model={"pretrained": [str(f) for f in folders]})
+    refused(path, "stands twice in the grid")  # the same weights are the same model
+    config = json.loads((folders[1] / "config.json").read_text())
+    (folders[1] / "config.json").write_text(json.dumps({**config, "rope_theta": 5000.0}))
+    refused(path, "are two models of one name, m; rename a folder")
+
+
 def test_rates_are_searched_beyond_the_edge_in_trials_of_their_own(swept: Path) -> None:
     sweep = swept / "runs" / "tiny"
     entries, losses = ledger.read(sweep), ranks.selection_losses(sweep)
@@ -190,7 +212,8 @@ def test_hidden_states_that_do_not_fit_are_refused_and_their_size_is_told(
     import shutil
 
     loaded = grid.load(write(tmp_path, backbone, features="cache"))
-    assert corpus.find(corpus.key(loaded.trials[0]["text"]), cache)
+    first = loaded.trials[0]
+    corpus.prepare(first["corpus"], first["tokenizer"], first["text"], cache)
     told = plan.plan(loaded, cache).features
     assert told == 4 * 16 * (12_288 + 2 * 4096)
     usage = shutil.disk_usage(cache)
