@@ -363,7 +363,7 @@ def test_one_trials_end_is_not_the_others(tmp_path: Path, cache: Path) -> None:
         ],
     )
     trials = {t["name"]: t for t in grid.load(path).trials}
-    broken = trials["nano-8 r=full s=0"]
+    broken = trials["nano-8 r=full s=0 stage=1 lr=0.04"]
     sweep, calls = tmp_path / "runs" / "tiny", iter(range(20))
     stage0 = {**broken, "deepspeed": {**broken["deepspeed"], "stage": 0}}
     pretrain.train(stage0, sweep, cache, should_stop=lambda: next(calls, None) is None)
@@ -372,13 +372,13 @@ def test_one_trials_end_is_not_the_others(tmp_path: Path, cache: Path) -> None:
     found = {e["trial"]["name"]: e for e in ledger.read(sweep).values()}
     statuses = {name: entry["status"] for name, entry in found.items()}
     assert statuses == {
-        "nano-8 r=2 s=0": "diverged",
-        "nano-8 r=full s=0": "failed",
-        "nano-16 r=2 s=0": "done",
-        "nano-16 r=full s=0": "done",
+        "nano-8 r=2 s=0 clip=0 lr=1e+38": "diverged",
+        "nano-8 r=full s=0 stage=1 lr=0.04": "failed",
+        "nano-16 r=2 s=0 lr=0.02": "done",
+        "nano-16 r=full s=0 lr=0.02": "done",
     }
-    assert "written with stage 0, cannot go on with stage 1" in found["nano-8 r=full s=0"]["error"]
-    assert "nano-8 r=2 s=0 diverged" in done.stderr and "nano-8 r=full s=0 failed" in done.stderr
+    assert "written with stage 0, cannot go on with stage 1" in found[broken["name"]]["error"]
+    assert "lr=1e+38 diverged" in done.stderr and "stage=1 lr=0.04 failed" in done.stderr
     table = records.scan(sweep, "trials").collect()
     assert dict(zip(table["name"], table["status"], strict=True)) == statuses
     client = MlflowClient(tracking.default_uri(tmp_path / "runs"))
