@@ -121,6 +121,10 @@ def _configuration(model: str) -> Any:
         config = AutoConfig.from_pretrained(name, **options)
     except (OSError, ValueError, ImportError) as error:
         raise _unloadable(name, error) from None
+    if getattr(config, "lmsat_head", "linear") not in ("linear", "backward"):
+        raise BadInput(
+            f"model.pretrained: {name}: its output head is not linear but {config.lmsat_head}"
+        )
     if cap := getattr(config.get_text_config(), "final_logit_softcapping", None):
         raise BadInput(
             f"model.pretrained: {name}: its logits are not W h (final_logit_softcapping is {cap}); "

@@ -281,6 +281,7 @@ class _Training:
                 folder.mkdir(parents=True, exist_ok=True)
                 weights = {n: p.detach().cpu().contiguous() for n, p in model.named_parameters()}
                 save_file(weights, folder / "model.safetensors")
+                model.config.lmsat_head = self.trial["head"]["kind"]  # weights alone do not tell
                 model.config.save_pretrained(folder)
                 (folder / "tokenizer.json").write_bytes(self.text.tokenizer.read_bytes())
         dist.barrier()

@@ -122,14 +122,17 @@ def test_a_trial_of_a_sweep_is_loaded_with_the_head_it_has(
     assert frozen.name(model) == tiny_trial["id"]
 
 
+@pytest.mark.parametrize("head", [{"kind": "mos", "experts": 2}, {"kind": "sigsoftmax"}])
 def test_a_head_that_is_not_linear_is_refused(
-    tmp_path: Path, cache: Path, tiny_trial: dict[str, Any]
+    tmp_path: Path, cache: Path, tiny_trial: dict[str, Any], head: dict[str, Any]
 ) -> None:
-    tiny_trial["head"] |= {"kind": "mos", "experts": 2}
+    """Before anything is started; a sigsoftmax's weights look like a linear head's."""
+    tiny_trial["head"] |= head
     tiny_trial["train"]["tokens"] = 2048
     pretrain.train(tiny_trial, tmp_path, cache)
-    with pytest.raises(BadInput, match=r"output head is not linear"):
-        frozen.load(section(tmp_path / "trials" / tiny_trial["id"]), "fp32", CPU)
+    model = section(tmp_path / "trials" / tiny_trial["id"])
+    with pytest.raises(BadInput, match=f"output head is not linear but {head['kind']}"):
+        frozen.shape(model, 16)
 
 
 def test_capped_logits_are_refused_by_their_setting_and_by_their_numbers(tmp_path: Path) -> None:
