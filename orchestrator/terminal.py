@@ -152,12 +152,13 @@ def print_results(
     sweep: Path, kinds: set[str], as_json: bool, tolerance: float = TOLERANCE
 ) -> None:
     """What a sweep of such trials has found."""
-    losses, backbones = tables.final_losses(sweep), ranks.fitted(sweep, tolerance)
+    losses = tables.final_losses(sweep) if "pretrain" in kinds else None
+    backbones = ranks.fitted(sweep, tolerance) if "rankfit" in kinds else None
     if as_json:
         found: dict[str, Any] = {"sweep": str(sweep)}
-        if "pretrain" in kinds:
+        if losses is not None:
             found["trials"] = losses.to_dicts()
-        if "rankfit" in kinds:
+        if backbones is not None:
             found["backbones"] = [
                 {
                     "name": b.name,
@@ -169,9 +170,9 @@ def print_results(
             ]
         print_json(found)
         return
-    if "pretrain" in kinds:
+    if losses is not None:
         _print_losses(losses)
-    if "rankfit" in kinds:
+    if backbones is not None:
         _print_ranks(backbones)
 
 

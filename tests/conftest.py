@@ -31,6 +31,19 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def backbone(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A nano model trained for a moment, nano-16 with a full head: the folder of its trial."""
+    from orchestrator import grid
+    from trainables import pretrain
+
+    folder = tmp_path_factory.mktemp("backbone")
+    (folder / "tiny.yaml").write_text(TINY)
+    trial = grid.load(folder / "tiny.yaml").trials[-1]
+    assert pretrain.train(trial, folder, cache).status == "done"
+    return folder / "trials" / trial["id"]
+
+
 @pytest.fixture
 def tiny_grid(tmp_path: Path, cache: Path) -> Path:
     """A grid of four trials of some seconds."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from analysis import spectrum
 from trainables import corpus, heads, probes
 from trainables.features import Features
-from trainables.heads import LinearHead, TokenStats, token_stats
+from trainables.heads import LinearHead
 from trainables.recorder import Recorder
 
 MOMENT_TOKENS = 16  # for each of d: of training text, for the second moment of hidden states
@@ -35,18 +35,12 @@ class Evaluation:
     ) -> bool:
         """Record what the probes find; whether all losses are finite. `last`: on more blocks."""
         found = probes.measure(head, self._batches(head, last), self.unigram, kinds)
-        for scalar in found.scalars:
-            recorder.scalar(step, **scalar)
-        for table in ("blocks", "spectra"):
-            for row in getattr(found, table):
-                recorder.add(table, step, row)
-        return all(math.isfinite(row["loss"]) for row in found.blocks)
+        found.record(recorder, step)
+        return found.finite
 
     def _batches(self, head: LinearHead, last: bool) -> Iterator[probes.Batch]:
-        for split, blocks, hidden, labels in self._sample(last):
-            flat = token_stats(head, hidden.flatten(0, 1), labels.flatten())
-            stats = TokenStats(*(s.view(labels.shape) for s in flat))
-            yield probes.Batch(split, blocks, hidden, labels, stats)
+        for part in self._sample(last):
+            yield probes.see(head, *part)
 
     def _sample(self, last: bool) -> list[tuple[str, list[int], Tensor, Tensor]]:
         """Blocks to choose a learning rate by (selection) and blocks to report (held_out)."""

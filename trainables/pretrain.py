@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from trainables import backbones, checkpoint, corpus, engine, heads, memory, probes, schedule
-from trainables.heads import LinearHead, TokenStats, token_stats
+from trainables.heads import LinearHead
 from trainables.recorder import Recorder, Report
 
 
@@ -189,15 +189,7 @@ class _Training:
     def _train_step(self, step: int, log: bool) -> bool:
         """One optimiser step; False where the loss is not finite or DeepSpeed skipped the step."""
         run, settings, started = self.run, self.settings, time.perf_counter()
-        lr = schedule.learning_rate(
-            step,
-            self.steps,
-            settings["lr"],
-            settings["schedule"],
-            settings["warmup"],
-            settings["cooldown"],
-            settings["final_lr"],
-        )
+        lr = schedule.rate(settings, step, self.steps)
         for group in run.optimizer.param_groups:
             group["lr"] = lr
         rank, world, skipped = dist.get_rank(), dist.get_world_size(), run.skipped_steps
@@ -237,17 +229,13 @@ class _Training:
         with torch.no_grad():
             found = probes.measure(self.model.head, self._evaluation(step), self.unigram)
         self.run.train()
-        for scalar in found.scalars:
-            self.recorder.scalar(step, **scalar)
-        for table in ("blocks", "spectra"):
-            for row in getattr(found, table):
-                self.recorder.add(table, step, row)
+        found.record(self.recorder, step)
         self.recorder.scalar(step, "peak_memory", peak)
         if self.tokens:
             self.recorder.scalar(step, "tokens_per_second", self.tokens / self.seconds)
             self.seconds, self.tokens = 0.0, 0
         self.recorder.report(step)
-        return all(math.isfinite(row["loss"]) for row in found.blocks)
+        return found.finite
 
     def _evaluation(self, step: int) -> Iterator[probes.Batch]:
         """Held-out blocks, the same for all trials (more of them at the end), and the blocks that
@@ -267,9 +255,7 @@ class _Training:
         for start in range(0, len(ids), size):
             part = torch.from_numpy(ids[start : start + size]).to(self.run.device)
             hidden, labels = self.model.hidden(part[:, :-1]), part[:, 1:]
-            flat = token_stats(self.model.head, hidden.flatten(0, 1), labels.flatten())
-            stats = TokenStats(*(s.view(labels.shape) for s in flat))
-            yield probes.Batch(split, blocks[start : start + size], hidden, labels, stats)
+            yield probes.see(self.model.head, split, blocks[start : start + size], hidden, labels)
 
     def _export(self, folder: Path) -> None:
         """The trained weights, as safetensors beside their configuration and tokenizer."""

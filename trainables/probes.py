@@ -5,6 +5,7 @@ then says what it found. `PROBES` is all there is to register one.
 """
 
 import copy
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,7 +15,8 @@ from torch import Tensor
 
 from analysis import geometry, spectrum
 from trainables import engine
-from trainables.heads import LinearHead, TokenStats
+from trainables.heads import LinearHead, TokenStats, token_stats
+from trainables.recorder import Recorder
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,13 @@ class Batch:
     """Each blocks x sequence."""
 
 
+def see(head: LinearHead, split: str, blocks: list[int], hidden: Tensor, labels: Tensor) -> Batch:
+    """The batch of these hidden states (blocks x sequence x d) and labels under a head."""
+    flat = token_stats(head, hidden.flatten(0, 1), labels.flatten())
+    stats = TokenStats(*(s.view(labels.shape) for s in flat))
+    return Batch(split, blocks, hidden, labels, stats)
+
+
 @dataclass
 class Found:
     """Rows for the tables, without the columns that all of a measurement share."""
@@ -39,6 +48,19 @@ class Found:
     scalars: list[dict[str, Any]] = field(default_factory=list)
     blocks: list[dict[str, Any]] = field(default_factory=list)
     spectra: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def finite(self) -> bool:
+        """Whether the loss of every block is a number."""
+        return all(math.isfinite(row["loss"]) for row in self.blocks)
+
+    def record(self, recorder: Recorder, step: int) -> None:
+        """Hand all of it on, for the tables."""
+        for scalar in self.scalars:
+            recorder.scalar(step, **scalar)
+        for table in ("blocks", "spectra"):
+            for row in getattr(self, table):
+                recorder.add(table, step, row)
 
     def scalar(
         self,

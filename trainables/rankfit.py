@@ -32,14 +32,8 @@ from trainables.heads import LinearHead
 from trainables.recorder import SECONDS, Recorder
 
 # Hidden states alike for all heads are measured with the model's own.
-ALONG, LAST = (
-    (probes.Loss, probes.HeadSpectrum),
-    (
-        probes.Loss,
-        probes.HeadSpectrum,
-        probes.AchievedRank,
-    ),
-)
+ALONG = (probes.Loss, probes.HeadSpectrum)
+LAST = (*ALONG, probes.AchievedRank)
 
 
 @dataclass
@@ -232,7 +226,7 @@ class _Pack:
         blocks = corpus.batch_blocks(shard, t["sequence"], t["batch"], 0, step)[rank::world]
         skipped = [h.run.skipped_steps for h in here]
         losses, norms = torch.zeros(len(here), device=self.device), [0.0] * len(here)
-        rates = [self._rate(h, step) for h in here]
+        rates = [schedule.rate(h.trial["train"], step, self.steps) for h in here]
         for h, lr in zip(here, rates, strict=True):
             for group in h.run.optimizer.param_groups:
                 group["lr"] = lr
@@ -260,11 +254,6 @@ class _Pack:
                 h.recorder.scalar(step + 1, "gradient_norm", norm, "train")
                 h.recorder.scalar(step + 1, "learning_rate", rates[i], "train")
                 h.recorder.report(step + 1, always=False)
-
-    def _rate(self, h: _Head, step: int) -> float:
-        t = h.trial["train"]
-        shape = (t["schedule"], t["warmup"], t["cooldown"], t["final_lr"])
-        return schedule.learning_rate(step, self.steps, t["lr"], *shape)
 
     def _probe(self, here: list[_Head], step: int) -> None:
         """Measure the heads; one whose held-out loss is not finite has diverged."""

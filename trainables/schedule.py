@@ -1,6 +1,7 @@
 """What happens at which step: learning rates, probes, checkpoints. Steps count from 0."""
 
 import math
+from typing import Any
 
 
 def steps(tokens: int, batch: int, sequence: int) -> int:
@@ -36,6 +37,12 @@ def learning_rate(
     cool = math.ceil(cooldown * steps)
     left = min(1.0, (steps - step) / cool) if cool else 1.0
     return peak * (final + (1 - final) * left)
+
+
+def rate(train: dict[str, Any], step: int, steps: int) -> float:
+    """The same from a trial's `train` section."""
+    shape = (train["schedule"], train["warmup"], train["cooldown"], train["final_lr"])
+    return learning_rate(step, steps, train["lr"], *shape)
 
 
 def probe_steps(steps: int, count: int) -> list[int]:

@@ -13,7 +13,6 @@ from mlflow import MlflowClient
 from analysis import ranks, records
 from analysis.errors import BadInput
 from orchestrator import grid, ledger, plan, tracking
-from tests.conftest import TINY
 from tests.orchestrator.test_sweep import (
     assert_same,
     command,
@@ -23,7 +22,7 @@ from tests.orchestrator.test_sweep import (
     wait_for,
     workers,
 )
-from trainables import corpus, heads, pretrain, rankfit
+from trainables import corpus, heads, rankfit
 
 RANKFIT: dict[str, Any] = {
     "name": "tiny",
@@ -34,15 +33,6 @@ RANKFIT: dict[str, Any] = {
     "probes": {"count": 3, "tokens": 1024, "final_tokens": 4096},
     "extend": 1,
 }
-
-
-@pytest.fixture(scope="module")
-def backbone(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("backbone")
-    (folder / "tiny.yaml").write_text(TINY)
-    trial = grid.load(folder / "tiny.yaml").trials[-1]
-    assert pretrain.train(trial, folder, cache).status == "done"
-    return folder / "trials" / trial["id"]
 
 
 def write(folder: Path, backbone: Path, **fields: Any) -> Path:

@@ -12,20 +12,9 @@ import torch
 
 from analysis import records, spectrum
 from orchestrator import grid
-from tests.conftest import TINY
-from trainables import checkpoint, corpus, features, frozen, heads, pretrain, rankfit
+from trainables import checkpoint, corpus, features, frozen, heads, rankfit
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def backbone(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A nano model trained for a moment: the folder of its trial."""
-    folder = tmp_path_factory.mktemp("backbone")
-    (folder / "tiny.yaml").write_text(TINY)
-    trial = grid.load(folder / "tiny.yaml").trials[-1]
-    assert pretrain.train(trial, folder, cache).status == "done"
-    return folder / "trials" / trial["id"]
 
 
 def trials(folder: Path, backbone: Path, **fields: Any) -> list[dict[str, Any]]:
