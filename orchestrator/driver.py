@@ -27,12 +27,14 @@ class Driver:
     def __init__(self, sweep: Path, tracker: Tracker, watcher: Watcher) -> None:
         self.sweep, self.tracker, self.watcher = sweep, tracker, watcher
         self.costs: dict[str, plan.Cost] = {}
+        self.packs: list[list[str]] = []
         self.entries: dict[str, dict[str, Any]] = {}
         self.active: set[str] = set()
 
-    def add(self, trials: list[dict[str, Any]], costs: list[plan.Cost]) -> None:
+    def add(self, trials: list[dict[str, Any]], planned: plan.Plan) -> None:
         """Take up what the ledger knows of these trials, and bring MLflow up to the records."""
-        self.costs |= {cost.id: cost for cost in costs}
+        self.costs |= {cost.id: cost for cost in planned.costs}
+        self.packs += [pack.trials for pack in planned.packs]
         known, runs = ledger.read(self.sweep), self.tracker.children()
         for trial in trials:
             id, t = trial["id"], trial["train"]

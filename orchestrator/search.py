@@ -52,9 +52,8 @@ def extended(
         if len(found) < 2 or any(map(math.isnan, tried)) or min(tried) == math.inf:
             continue
         best = tried.index(min(tried))
-        for edge, inner in ((0, 1), (len(found) - 1, len(found) - 2)):
-            beyond = sum(t["beyond"] == math.copysign(1, edge - inner) for t in found)
+        for side, edge, inner in ((-1, 0, 1), (1, len(found) - 1, len(found) - 2)):
+            beyond = sum(t["beyond"] == side for t in found)
             if best == edge and beyond < found[edge]["extend"]:
                 rate = found[edge]["train"]["lr"] ** 2 / found[inner]["train"]["lr"]
-                side = math.copysign(1, edge - inner)
                 yield {**found[edge], "beyond": side}, float(f"{rate:.3g}")

@@ -41,22 +41,21 @@ def run(
     plan.plan(grid, cache)
     with blame(grid.path):
         _check_text(grid, cache, watcher)
-    made = plan.plan(grid, cache)  # again: the epochs are known now
-    costs = made.costs
-    if made.features:
-        watcher.preparing(f"hidden states go to {cache}: {made.features / 1e9:.2f} GB")
+    planned = plan.plan(grid, cache)  # again: the epochs are known now
+    if planned.features:
+        watcher.preparing(f"hidden states go to {cache}: {planned.features / 1e9:.2f} GB")
     try:
         sweep.mkdir(parents=True, exist_ok=True)
         (sweep / "driver.lock").touch()
     except OSError as error:
         raise BadInput(f"--out: cannot write to {out}: {error.strerror}") from None
     with ledger.driving(sweep):
-        _keep(grid, costs, sweep)
+        _keep(grid, planned.costs, sweep)
         watcher.preparing("opening MLflow")
         tracker = tracking.Tracker(uri, sweep, grid.name)
         tracker.describe(_note(grid, sweep), _hash(grid))
         driver = Driver(sweep, tracker, watcher)
-        driver.add(grid.trials, costs)
+        driver.add(grid.trials, planned)
         try:
             while True:
                 if driver.pending:
@@ -126,7 +125,7 @@ def _extend(driver: Driver, cache: Path) -> bool:
     ]
     if more:
         driver.watcher.preparing(f"{len(more)} searches have their best rate on the edge: going on")
-        driver.add(more, plan.of(more, cache).costs)
+        driver.add(more, plan.of(more, cache))
     return bool(more)
 
 
@@ -150,7 +149,8 @@ def _tune(driver: Driver, cache: Path) -> None:
         RAY_worker_niceness="0",  # workers at Ray's 15 starve beside anything else
     )
     trials = {i: driver.entries[i]["trial"] for i in driver.pending}
-    packs = [pack.trials for pack in plan.of(list(trials.values()), cache).packs]
+    left = ([id for id in pack if id in trials] for pack in driver.packs)
+    packs = [pack for pack in left if pack]
     stop_file = driver.sweep / "stop"
     stop_file.unlink(missing_ok=True)
 

@@ -46,8 +46,8 @@ class _Head:
     row: dict[str, Any]
     first: int
     """The step it starts from: 0, or where its checkpoint left it."""
+    step: int
     status: str = "running"
-    step: int = 0
 
     @property
     def head(self) -> LinearHead:
@@ -100,8 +100,8 @@ class _Pack:
         self.device = self.backbone.device
         t = self.settings
         self.steps = schedule.steps(t["tokens"], t["batch"], t["sequence"])
-        self.share = t["batch"] // dist.get_world_size()
-        self.micro = min(shared["deepspeed"]["micro_batch"] or self.share, self.share)
+        share = t["batch"] // dist.get_world_size()
+        self.micro = min(shared["deepspeed"]["micro_batch"] or share, share)
         self.evaluation = Evaluation(states, shared["probes"], self.micro)
         self.heads: list[_Head] = []
         self.news: list[dict[str, Any]] = []
