@@ -82,7 +82,11 @@ def _ended(sweep: Path) -> pl.DataFrame:
         trials = trials.join(last(metric, split).select(*both, **columns), on=both, how="left")
     # The name without backbone, rank, seed and rate: what is left tells families apart.
     family = pl.struct("name", "size").map_elements(_family, return_dtype=pl.String)
-    return trials.with_columns(family=family).sort("rank", "lr", "name", nulls_last=True).collect()
+    return (
+        trials.with_columns(family=family)
+        .sort("rank", "lr", "name", "trial", nulls_last=True)
+        .collect()
+    )
 
 
 def _family(row: dict[str, str]) -> str:

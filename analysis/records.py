@@ -70,6 +70,19 @@ def write(
     atomic.write(path, frame.write_parquet)
 
 
+def segments(sweep: Path, table: str, trial: str) -> set[int]:
+    """The segments that are on disk."""
+    files = (sweep / "records" / table).glob(f"{trial}-*.parquet")
+    return {int(file.stem.rsplit("-", 1)[1]) for file in files}
+
+
+def drop(sweep: Path, trial: str, segment: int) -> None:
+    """Forget a segment of all tables; `trials` first, which says that the others are whole."""
+    for table in reversed(TABLES):
+        path = sweep / "records" / table / f"{trial}-{segment:012d}.parquet"
+        path.unlink(missing_ok=True)
+
+
 def scan(sweep: Path, table: str, trial: str = "*") -> pl.LazyFrame:
     """The table of a sweep, or of one of its trials: each key once, the later segment's row."""
     files = sorted((sweep / "records" / table).glob(f"{trial}-*.parquet"), key=lambda f: f.name)

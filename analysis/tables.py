@@ -40,6 +40,63 @@ def unigram_loss(losses: pl.DataFrame) -> float:
     return float(losses.select(pl.col("unigram_loss").mean()).item())
 
 
+def probe_shares(sweep: Path) -> tuple[float, float] | None:
+    """What measuring took, as shares of the time of training proper: along the way, and at each
+    trial's last step. None where no training was timed."""
+    timed = (
+        records.scan(sweep, "scalars")
+        .filter(pl.col("metric").is_in(["probe_seconds", "training_seconds"]))
+        .with_columns(last=pl.col("step") == pl.col("step").max().over("trial"))
+        .group_by("metric", "last")
+        .agg(pl.col("value").sum())
+        .collect()
+    )
+    seconds = {(row["metric"], row["last"]): row["value"] for row in timed.to_dicts()}
+    training = sum(v for (metric, _), v in seconds.items() if metric == "training_seconds")
+    if not training:
+        return None
+    along, last = (seconds.get(("probe_seconds", at), 0.0) / training for at in (False, True))
+    return along, last
+
+
+def measured(directory: Path) -> pl.DataFrame:
+    """One row for each measured checkpoint of each series, by name, then step: `name`, `step`, and
+    a column for every metric of held-out text, of the head and of tasks; of layers the last."""
+    names = records.scan(directory, "trials").select("trial", "name")
+    return (
+        records.scan(directory, "scalars")
+        .filter(
+            pl.col("split").is_in(["", "held_out", "task"])
+            & (pl.col("layer").is_null() | (pl.col("layer") == -1))
+        )
+        # Of hidden states, where the head has a metric of the same name.
+        .with_columns(
+            metric=pl.when(pl.col("layer").is_null())
+            .then(pl.col("metric"))
+            .otherwise("last_" + pl.col("metric"))
+        )
+        .join(names, on="trial")
+        .collect()
+        .pivot("metric", index=["name", "step"], values="value", sort_columns=True)
+        .sort("name", "step")
+    )
+
+
+def by_layer(directory: Path) -> pl.DataFrame:
+    """One row for each layer of each series at its last step, in order of depth: `name`, `layer`,
+    and a column for every metric of hidden states."""
+    names = records.scan(directory, "trials").select("trial", "name")
+    return (
+        records.scan(directory, "scalars")
+        .filter(pl.col("layer").is_not_null())
+        .filter(pl.col("step") == pl.col("step").max().over("trial"))
+        .join(names, on="trial")
+        .collect()
+        .pivot("metric", index=["name", "layer"], values="value", sort_columns=True)
+        .sort("name", pl.col("layer") < 0, "layer")
+    )
+
+
 def latest(sweep: Path) -> dict[str, dict[str, float]]:
     """The last held-out loss and speed of every trial that has any, by trial and metric."""
     rows = (

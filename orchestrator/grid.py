@@ -24,7 +24,7 @@ from orchestrator import schema, search
 from trainables import backbones, corpus, frozen, heads
 
 SHIPPED = Path(__file__).parent / "grids"
-RECIPE = 1  # of training and probes: a change that moves results makes every id new
+RECIPE = 2  # of training and probes: a change that moves results makes every id new
 
 
 @dataclass(frozen=True)
@@ -90,12 +90,17 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+def check_name(field: str, name: Any) -> None:
+    """Raises BadInput where no directory can be called so."""
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
+        raise BadInput(f"{field}: {name!r}: letters, digits, dot, dash and underscore only")
+
+
 def _grid(raw: Any, path: Path) -> Grid:
     if not isinstance(raw, dict):
         raise BadInput("expected fields such as corpus, model, train")
     name = raw.get("name", path.stem)
-    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
-        raise BadInput(f"name: {name!r}: letters, digits, dot, dash and underscore only")
+    check_name("name", name)
     raw = _absolute({**raw, "name": name}, path.parent)
     base = {str(key): value for key, value in raw.items() if key not in ("name", "trials")}
     axes = [axis for axis, _ in _axes(base)]
@@ -165,7 +170,7 @@ def _axes(tree: dict[str, Any], prefix: tuple[str, ...] = ()) -> Iterator[tuple[
         at = (*prefix, str(key))
         if isinstance(value, dict):
             yield from _axes(value, at)
-        elif isinstance(value, list):
+        elif isinstance(value, list) and at != ("probes", "steps"):
             if not value:
                 raise BadInput(f"{'.'.join(at)}: an empty list; an axis needs a value")
             yield at, value
@@ -265,6 +270,9 @@ def _trial(
         trial["model"]["residual"] = "parallel"
     if trial["kind"] == "rankfit":
         trial["tokenizer"] = _own_tokenizer(trial)
+    if trial["probes"]["tokens"] is None:
+        least = 8192 if trial["kind"] == "rankfit" else 2048
+        trial["probes"]["tokens"] = min(max(trial["train"]["tokens"] // 200, least), 65536)
     trial["head"] = _plain_head(trial["head"])
     told = [axis for axis in axes if axis not in _NAMED and _at(cell, axis) is not None]
     more = {".".join(axis): f"{axis[-1]}={_at(cell, axis)}" for axis in told}

@@ -70,7 +70,7 @@ def driving(sweep: Path) -> Iterator[None]:
             yield
     except Timeout:
         raise BadInput(
-            f"{sweep}: another `lmsat sweep` is at work here; see `lmsat status {sweep}`"
+            f"{sweep}: another `lmsat` is at work here; see `lmsat status {sweep}`"
         ) from None
 
 

@@ -19,6 +19,7 @@ from trainables import backbones, corpus, features, frozen, heads, schedule
 # share of the core's own matmul speed, plus, for each of the V logits of a token, this many FLOPs'
 # worth of memory traffic, plus what a step and a trial cost before they do anything.
 CPU_SHARE, LOGIT_FLOPS, STEP_SECONDS, TRIAL_SECONDS = 0.7, 300.0, 0.008, 2.0
+PROBE_SECONDS = 0.05  # of one measurement, whatever the tokens
 GPU_SHARE = 0.4  # of a GPU's matmul speed; assumed, never measured by us
 PROCESS_BYTES = 700_000_000  # of a worker that has imported everything and holds no model
 LOAD_BYTES_A_SECOND = 50e6  # of a pretrained model, from a GGUF file
@@ -47,6 +48,8 @@ class Cost:
     """Bytes a worker needs at its peak."""
     seconds: float
     """On the hardware found here."""
+    probes: float
+    """Of these, what measuring takes."""
 
 
 @dataclass(frozen=True)
@@ -154,6 +157,7 @@ def _frozen(
         flops = 2.0 * head.products * (3 * tokens + final)
         steps = schedule.steps(tokens, t["batch"], t["sequence"]) if tokens else 0
         own = machine.seconds(flops, form.vocabulary * (tokens + final / 3), cpus)
+        measuring = machine.seconds(2.0 * head.products * final, form.vocabulary * final / 3, cpus)
         costs.append(
             Cost(
                 id=trial["id"],
@@ -168,6 +172,7 @@ def _frozen(
                 flops=flops,
                 memory=base + 16 * head.params,
                 seconds=own + STEP_SECONDS * steps,
+                probes=measuring,
             )
         )
     room = int(MEMORY_SHARE * machine.memory / at_once) - base
@@ -220,9 +225,10 @@ def _cost(
     step = machine.seconds(a_step * per_token, a_step * vocabulary)
     step += 0 if machine.gpu else STEP_SECONDS
     steps = schedule.steps(t["tokens"], t["batch"], t["sequence"])
-    probed = trial["probes"]["count"] * 2 * trial["probes"]["tokens"]
-    probed += trial["probes"]["final_tokens"]
-    seconds = steps * step + probed * per_token / 3 / machine.speed + TRIAL_SECONDS
+    p, times = trial["probes"], len(schedule.probe_steps(steps, trial["probes"]))
+    probed = times * 2 * p["tokens"] + p["final_tokens"]
+    measuring = machine.seconds(probed * per_token / 3, probed * vocabulary / 3)
+    measuring += PROBE_SECONDS * times
     return Cost(
         id=trial["id"],
         name=trial["name"],
@@ -235,7 +241,8 @@ def _cost(
         epochs=t["tokens"] / text.tokens["train"] if text else None,
         flops=float(per_token * t["tokens"]),
         memory=_memory(trial, form, params, vocabulary),
-        seconds=seconds,
+        seconds=steps * step + measuring + TRIAL_SECONDS,
+        probes=measuring,
     )
 
 

@@ -2,14 +2,64 @@
 
 import time
 
+import rich.progress
 from rich.console import Console
 from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 from orchestrator.plan import Cost
 from orchestrator.terminal import duration, short
 
 EVERY = 10.0  # seconds between lines where there is no terminal
+
+
+class Bar:
+    """How many of some pieces of work are done: a bar, or plain lines where there is no
+    terminal."""
+
+    def __init__(self, quiet: bool = False) -> None:
+        console = Console(stderr=True, quiet=quiet, markup=False, highlight=False)
+        columns = (
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+        )
+        self.console, self.said = console, time.monotonic()
+        self.bar = rich.progress.Progress(*columns, console=console, transient=True)
+        self.task = self.bar.add_task("", total=None)
+        self.count, self.total = 0, 0
+
+    def __enter__(self) -> "Bar":
+        if self.console.is_terminal:
+            self.bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.console.is_terminal:
+            self.bar.stop()
+
+    def preparing(self, what: str, count: int = 0) -> None:
+        line = f"{what}: {count} documents" if count else what
+        self.bar.update(self.task, description=line)
+        if not self.console.is_terminal and not count:
+            self.console.print(f"{line} ...", soft_wrap=True)
+
+    def started(self, total: int, done: int) -> None:
+        self.count, self.total = done, total
+        self.bar.update(self.task, total=total, completed=done, description="measuring")
+        if done:
+            self.console.print(f"{done} of {total} checkpoints are measured already")
+
+    def ended(self, what: str, error: str | None) -> None:
+        self.count += 1
+        self.bar.update(self.task, completed=self.count, description=what)
+        if error:
+            self.console.print(f"{what} failed: {error}", soft_wrap=True)
+        elif not self.console.is_terminal and time.monotonic() - self.said > EVERY:
+            self.console.print(f"{self.count} of {self.total} measured", soft_wrap=True)
+            self.said = time.monotonic()
 
 
 class Progress:

@@ -192,12 +192,21 @@ class Resources(_Section):
 
 
 class Probes(_Section):
-    """What is measured along training, at steps equally apart in their logarithm."""
+    """What is measured along training, and when; always at the last step."""
 
+    schedule: Literal["log", "linear"] = "log"
+    """At steps equally apart in their logarithm, or in themselves."""
     count: Annotated[Integer, Field(ge=1)] = 8
     """How often, first and last step included."""
-    tokens: Positive = 8192
-    """Held-out tokens at each, and as many seen ones."""
+    steps: Annotated[list[Annotated[Integer, Field(ge=0)]], Field(min_length=1)] | None = None
+    """At these steps instead. A list here is no axis."""
+    loss: Annotated[Real, Field(gt=0)] | None = None
+    """Of pretrain: also whenever the training loss has fallen by so many nats."""
+    layers: Literal["all", "last"] = "all"
+    """Of pretrain: whose hidden states are looked at."""
+    tokens: Positive | None = None
+    """Held-out tokens at each, and as many seen ones; by default one for 200 of training, 2,048
+    (of rankfit 8,192) to 65,536."""
     final_tokens: Positive = 65536
     """Held-out tokens at the end."""
 
@@ -228,6 +237,8 @@ class Trial(_Section):
     """What is measured."""
     checkpoints: Positive = 4
     """How many times a run is saved, evenly apart."""
+    keep_weights: bool = False
+    """Of pretrain: keep the weights of every checkpoint, for `lmsat probe`."""
     features: Literal["pass", "cache"] = "pass"
     """Of rankfit. pass: hidden states are made when needed. cache: kept on disk, for more epochs,
     more learning rates and later sweeps."""
@@ -253,6 +264,10 @@ class Trial(_Section):
             raise ValueError("head.init: svd is for rankfit; it starts from a pretrained head")
         if not frozen and self.features == "cache":
             raise ValueError("features: cache is for rankfit; a backbone in training has no cache")
+        if frozen and self.probes.loss:
+            raise ValueError("probes.loss: is for pretrain; heads of a pack are measured together")
+        if frozen and self.keep_weights:
+            raise ValueError("keep_weights: is for pretrain; a head on a frozen backbone is kept")
         return self
 
     @model_validator(mode="after")

@@ -11,7 +11,8 @@ import json
 import os
 import signal
 import tempfile
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,10 @@ import ray
 import yaml
 from ray import tune
 
-from analysis import atomic, figures, ranks, tables
+from analysis import atomic, figures, ranks, tables, trajectories
 from analysis.errors import BadInput
 from orchestrator import ledger, plan, search, tracking
-from orchestrator.driver import Driver, Watcher
+from orchestrator.driver import Driver, Preparing, Watcher
 from orchestrator.grid import Grid, blame, numbered
 from trainables import corpus
 
@@ -133,6 +134,8 @@ def _show(sweep: Path, tracker: tracking.Tracker) -> None:
     table = tables.final_losses(sweep)
     if table.height:
         tracker.artifact(figures.loss_vs_rank(table, sweep / "report" / "loss_vs_rank.png"))
+        for figure in trajectories.draw(sweep):
+            tracker.artifact(figure)
     for backbone in ranks.fitted(sweep):
         path = sweep / "report" / f"ranks_{backbone.name}.png"
         tracker.artifact(figures.ranks(backbone, path))
@@ -143,10 +146,8 @@ def _tune(driver: Driver, cache: Path) -> None:
     os.environ.update(
         TUNE_DISABLE_AUTO_CALLBACK_LOGGERS="1",
         TUNE_DISABLE_SIGINT_HANDLER="1",
-        RAY_USAGE_STATS_ENABLED="0",
         TUNE_GLOBAL_CHECKPOINT_S="86400",  # its own state is of no use to us
         RAY_AIR_NEW_OUTPUT="0",
-        RAY_worker_niceness="0",  # workers at Ray's 15 starve beside anything else
     )
     trials = {i: driver.entries[i]["trial"] for i in driver.pending}
     left = ([id for id in pack if id in trials] for pack in driver.packs)
@@ -158,16 +159,43 @@ def _tune(driver: Driver, cache: Path) -> None:
         wanted = trials[config["pack"][0]]["resources"]
         return tune.PlacementGroupFactory([{"CPU": wanted["cpus"], "GPU": wanted["gpus"]}])
 
-    with (
-        tempfile.TemporaryDirectory(prefix="lmsat-") as neutral,
-        # Ray puts the driver's directory first on its workers' path: a user's own folder named
-        # `analysis` there would be taken for ours.
-        contextlib.chdir(neutral),
-        _stop_on_signal(stop_file, driver.watcher),
-    ):
+    with _ray(driver.watcher) as neutral, _stop_on_signal(stop_file, driver.watcher):
+        tune.Tuner(
+            tune.with_resources(_work, resources),
+            param_space={
+                "pack": tune.grid_search(packs),
+                "sweep": str(driver.sweep),
+                "cache": str(cache.resolve()),
+            },
+            tune_config=tune.TuneConfig(
+                # A destroyed ZeRO-3 engine is not freed.
+                reuse_actors=all(t["deepspeed"]["stage"] < 3 for t in trials.values()),
+                trial_dirname_creator=lambda trial: trial.config["pack"][0],
+            ),
+            run_config=tune.RunConfig(
+                name="tune",
+                storage_path=neutral,
+                callbacks=[_Callback(driver)],
+                stop=_Stopper(driver, stop_file),
+                failure_config=tune.FailureConfig(max_failures=RETRIES),
+                verbose=0,
+            ),
+        ).fit()
+
+
+@contextlib.contextmanager
+def _ray(watcher: Preparing) -> Iterator[str]:
+    """Ray, started here where it is not running yet; within, the current directory is a neutral
+    one of its own: Ray puts the driver's first on its workers' path, and a user's own folder named
+    `analysis` there would be taken for ours."""
+    os.environ.update(
+        RAY_USAGE_STATS_ENABLED="0",
+        RAY_worker_niceness="0",  # workers at Ray's 15 starve beside anything else
+    )
+    with tempfile.TemporaryDirectory(prefix="lmsat-") as neutral, contextlib.chdir(neutral):
         started_here = not ray.is_initialized()
         if started_here:
-            driver.watcher.preparing("starting Ray")
+            watcher.preparing("starting Ray")
             ray.init(
                 num_cpus=plan.cores(),
                 include_dashboard=False,
@@ -176,30 +204,97 @@ def _tune(driver: Driver, cache: Path) -> None:
                 configure_logging=True,
             )
         try:
-            tune.Tuner(
-                tune.with_resources(_work, resources),
-                param_space={
-                    "pack": tune.grid_search(packs),
-                    "sweep": str(driver.sweep),
-                    "cache": str(cache.resolve()),
-                },
-                tune_config=tune.TuneConfig(
-                    # A destroyed ZeRO-3 engine is not freed.
-                    reuse_actors=all(t["deepspeed"]["stage"] < 3 for t in trials.values()),
-                    trial_dirname_creator=lambda trial: trial.config["pack"][0],
-                ),
-                run_config=tune.RunConfig(
-                    name="tune",
-                    storage_path=neutral,
-                    callbacks=[_Callback(driver)],
-                    stop=_Stopper(driver, stop_file),
-                    failure_config=tune.FailureConfig(max_failures=RETRIES),
-                    verbose=0,
-                ),
-            ).fit()
+            yield neutral
         finally:
             if started_here:
                 ray.shutdown()
+
+
+def fan_out(
+    work: Callable[[Any], None],
+    ahead: Callable[[Any], None],
+    items: list[Any],
+    cpus: int,
+    gpus: float,
+    watcher: Preparing,
+) -> Iterator[tuple[int, str | None]]:
+    """Do `work` on every item, as many at once as there is room for; (index, error or None) of
+    each as it ends. While a worker is at one item it looks `ahead` to one more.
+
+    Raises KeyboardInterrupt on Ctrl-C, but never in the middle of what is done with an answer.
+    """
+    if not items:
+        return
+    with _ray(watcher), _asked_to_stop() as asked:
+        have = ray.cluster_resources()
+        room = min(have.get("CPU", 1) / cpus, have.get("GPU", 0) / gpus if gpus else len(items))
+        hire = ray.remote(num_cpus=cpus, num_gpus=gpus)(_Worker).remote
+        waiting = list(range(len(items)))[::-1]
+        busy: dict[Any, tuple[Any, int, int | None]] = {}
+
+        def give(worker: Any, index: int) -> None:
+            following = waiting.pop() if waiting else None
+            then = None if following is None else items[following]
+            busy[worker.do.remote(work, items[index], ahead, then)] = (worker, index, following)
+
+        # One for each worker before any is taken ahead.
+        for index in [waiting.pop() for _ in range(max(1, min(int(room), len(items))))]:
+            give(hire(), index)
+        watcher.preparing("measuring")
+        while busy:
+            ended, _ = ray.wait(list(busy), timeout=0.2)
+            if asked:
+                raise KeyboardInterrupt
+            for done in ended:
+                worker, index, following = busy.pop(done)
+                try:
+                    error = ray.get(done)
+                except ray.exceptions.RayError:
+                    error, worker = "its worker died", hire()
+                yield index, error
+                if following is not None or waiting:
+                    give(worker, waiting.pop() if following is None else following)
+
+
+@contextlib.contextmanager
+def _asked_to_stop() -> Iterator[list[int]]:
+    """Not empty after Ctrl-C or SIGTERM; a second one raises KeyboardInterrupt at once."""
+    asked: list[int] = []
+
+    def ask(number: int, frame: Any) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+
+    with _handling(ask):
+        yield asked
+
+
+class _Worker:
+    """A process that does one thing after another."""
+
+    def do(
+        self, work: Callable[[Any], None], item: Any, ahead: Callable[[Any], None], then: Any
+    ) -> str | None:
+        """What went wrong, if anything. What goes wrong ahead will again when its turn comes."""
+
+        def look() -> None:
+            with contextlib.suppress(Exception):
+                ahead(then)
+
+        thread = threading.Thread(target=look) if then is not None else None
+        if thread:
+            thread.start()
+        try:
+            work(item)
+        except BadInput as error:
+            return str(error)
+        except Exception as error:
+            return f"{type(error).__name__}: {error}".split("\n")[0]
+        finally:
+            if thread:
+                thread.join()
+        return None
 
 
 class _ForThisProcess:
@@ -280,6 +375,13 @@ def _stop_on_signal(stop_file: Path, watcher: Watcher) -> Iterator[None]:
         stop_file.touch()
         watcher.stopping()
 
+    with _handling(ask):
+        yield
+
+
+@contextlib.contextmanager
+def _handling(ask: Callable[[int, Any], None]) -> Iterator[None]:
+    """Ctrl-C and SIGTERM."""
     before = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield

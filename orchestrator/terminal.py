@@ -138,6 +138,8 @@ def print_plan(plan: Plan, notices: list[str], as_json: bool) -> None:
         f"\n{plan.at_once} at once here: about {duration(plan.hours * 3600)}\n"
         "Estimates; on a CPU within a factor of two for linear heads."
     )
+    shares = sorted({round(100 * c.probes / c.seconds) for c in plan.costs})
+    print(f"measuring: {' to '.join(map(str, shares[:1] + shares[1:][-1:]))} % of a trial's time")
     for pack in plan.packs:
         if len(pack.trials) > 1:
             print(
@@ -171,13 +173,13 @@ def print_results(
         print_json(found)
         return
     if losses is not None:
-        _print_losses(losses)
+        _print_losses(losses, tables.probe_shares(sweep))
     if backbones is not None:
         _print_ranks(backbones)
 
 
-def _print_losses(losses: pl.DataFrame) -> None:
-    """Held-out loss by size and rank."""
+def _print_losses(losses: pl.DataFrame, shares: tuple[float, float] | None) -> None:
+    """Held-out loss by size and rank, and what the probes cost."""
     if losses.is_empty():
         print("no trial is finished yet")
         return
@@ -192,6 +194,9 @@ def _print_losses(losses: pl.DataFrame) -> None:
         title="Held-out loss by head rank, nats per token ± standard error over blocks",
     )
     print(f"unigram cross-entropy of the same text: {tables.unigram_loss(losses):.3f}")
+    if shares is not None:
+        along, last = (f"{100 * share:.1f} %" for share in shares)
+        print(f"measuring took {along} of training's time along the way, {last} at the end")
 
 
 def _print_ranks(backbones: list[ranks.Fitted]) -> None:
@@ -240,15 +245,106 @@ def print_next(sweep: Path, out: Path, tracking_uri: str | None) -> None:
     """Where everything lies, and what to try."""
     option = "" if out == Path("runs") else f" --out {out}"
     drawn = "".join(f"\nfigure    {file}" for file in sorted(sweep.glob("report/*.png")))
+    if (sweep / "grid.yaml").exists():
+        more = [f"status {sweep.name}{option}", f"plan --grid {sweep / 'grid.yaml'}"]
+    else:
+        more = [f"figures {sweep.name}{option} --paper"]
+    lines = "".join(f"\n          lmsat {command}" for command in more)
     print(
         f"""{drawn}
 records   {sweep / "records"}
 MLflow    {tracking_uri or tracking.default_uri(out)}
 
-next      lmsat ui{option}
-          lmsat status {sweep.name}{option}
-          lmsat plan --grid {sweep / "grid.yaml"}"""
+next      lmsat ui{option}{lines}"""
     )
+
+
+# What a checkpoint is shown by: column, heading, digits. The rest is in the records.
+SHOWN = (
+    ("loss", "loss", 3),
+    ("perplexity", "ppl", 1),
+    ("accuracy", "acc", 3),
+    ("bits_per_byte", "bpb", 3),
+    ("last_anisotropy", "anisotropy", 3),
+    ("last_rankme", "RankMe", 1),
+    ("singular_entropy", "S", 3),
+    ("singular_entropy_centred", "S centred", 3),
+    ("effective_rank", "eff. rank", 1),
+    ("stable_rank", "stable rank", 2),
+    ("achieved_rank", "log p rank", 0),
+    ("gradient_survival", "survival", 4),
+    ("unargmaxable", "never", 0),
+)
+LAYER = (
+    ("anisotropy", "anisotropy", 3),
+    ("rankme", "RankMe", 1),
+    ("isoscore_star", "IsoScore*", 4),
+    ("participation_ratio", "part. ratio", 2),
+    ("alpha_req", "alpha-ReQ", 3),
+    ("norm", "norm", 1),
+    ("mean_share", "mean share", 3),
+    ("cka_to_last", "CKA", 3),
+)
+ROWS = 30  # checkpoints that a table shows
+
+
+def print_measured(directory: Path, failed: dict[str, str], as_json: bool) -> None:
+    """What probing has found: a row a checkpoint; of a single one its layers too."""
+    found, layers = tables.measured(directory), tables.by_layer(directory)
+    if as_json:
+        print_json(
+            {
+                "directory": str(directory),
+                "checkpoints": found.to_dicts(),
+                "layers": layers.to_dicts(),
+                "failed": failed,
+            }
+        )
+        return
+    if found.is_empty():
+        return
+    tasks = [name for name in found.columns if "/" in name and not name.startswith("last_")]
+    columns = [c for c in SHOWN if c[0] in found.columns] + [(t, t, 3) for t in tasks]
+    rows = found.to_dicts()
+    if len(rows) > ROWS:
+        kept = {round(i * (len(rows) - 1) / (ROWS - 1)) for i in range(ROWS)}
+        rows = [row for i, row in enumerate(rows) if i in kept]
+        print(f"{len(rows)} of {found.height} checkpoints; all are in the records")
+    shown = _fitting(columns, rows)
+    if left_out := [heading for _, heading, _ in columns[len(shown) :]]:
+        print(f"not shown on so narrow a terminal: {', '.join(left_out)}")
+    print_table(
+        ("model", "step", *(heading for _, heading, _ in shown)),
+        [(row["name"], str(row["step"]), *_digits(row, shown)) for row in rows],
+        title="Held-out text: nats per token; the last layer; S of the head in nats",
+    )
+    if found.height == 1 and layers.height > 1:
+        columns = [c for c in LAYER if c[0] in layers.columns]
+        print_table(
+            ("layer", *(heading for _, heading, _ in columns)),
+            [
+                ("last" if row["layer"] == -1 else str(row["layer"]), *_digits(row, columns))
+                for row in layers.to_dicts()
+            ],
+            title="\nHidden states, layer 0 the embedding, last after the final norm",
+        )
+
+
+def _fitting(
+    columns: list[tuple[str, str, int]], rows: list[dict[str, Any]]
+) -> list[tuple[str, str, int]]:
+    """As many as fit into the terminal beside a model's name and a step."""
+    console = Console()
+    if not console.is_terminal:
+        return columns
+    cells = [[_digits(row, [column])[0] for row in rows] for column in columns]
+    widths = [1 + max(map(len, (c[1], *own))) for c, own in zip(columns, cells, strict=True)]
+    beside = 10 + max(len(str(row["step"])) + 1 for row in rows)
+    return [c for i, c in enumerate(columns) if beside + sum(widths[: i + 1]) <= console.width]
+
+
+def _digits(row: dict[str, Any], columns: Iterable[tuple[str, str, int]]) -> list[str]:
+    return ["-" if row[key] is None else f"{row[key]:.{digits}f}" for key, _, digits in columns]
 
 
 def print_status(sweep: Path, as_json: bool) -> None:

@@ -6,6 +6,7 @@ writes, and it never starts a second run for a trial: run ids are kept in the le
 
 import json
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,7 @@ class Tracker:
         self.uri, self.experiment, self.parent = uri, known["experiment"], known["parent"]
         self.client.update_run(self.parent, status="RUNNING")
         self.grid = ""
-        self.steps: dict[str, dict[str, int]] = {}  # reached, by run and metric
+        self.steps: dict[str, dict[str, set[int]]] = {}  # logged, by run and metric
 
     def _experiment(self, uri: str, sweep: Path, name: str) -> str:
         found = self.client.get_experiment_by_name(name)
@@ -115,29 +116,33 @@ class Tracker:
         """Show a run from before as running again."""
         self.client.update_run(run, status="RUNNING")
 
+    def discard(self, run: str) -> None:
+        """Delete a run: what MLflow holds cannot be written anew."""
+        self.client.delete_run(run)
+
     def log(self, run: str, rows: Iterable[dict[str, Any]]) -> None:
         """Rows of `scalars` as metrics, with their own timestamps; those of steps that the run
         has already are left out, so nothing is there twice."""
         from mlflow.entities import Metric
 
         if run not in self.steps:
-            self.steps[run] = self._reached(run)
-        last, metrics = self.steps[run], []
+            self.steps[run] = self._logged(run)
+        logged, metrics = self.steps[run], []
         for row in rows:
             key, value = metric_name(row), row["value"]
             # MLflow stores infinity as 1.8e308.
-            if row["step"] <= last.get(key, -1) or not -1e300 < value < 1e300:
+            if row["step"] in logged.setdefault(key, set()) or not -1e300 < value < 1e300:
                 continue
-            last[key] = row["step"]
+            logged[key].add(row["step"])
             metrics.append(Metric(key, value, row["time"], row["step"]))
         for start in range(0, len(metrics), 1000):
             self.client.log_batch(run, metrics=metrics[start : start + 1000])
 
-    def _reached(self, run: str) -> dict[str, int]:
-        """The last step of each metric that a run has from before."""
+    def _logged(self, run: str) -> dict[str, set[int]]:
+        """The steps of each metric that a run has from before."""
         keys = self.client.get_run(run).data.metrics
         history = self.client.get_metric_history
-        return {key: max(metric.step for metric in history(run, key)) for key in keys}
+        return {key: {metric.step for metric in history(run, key)} for key in keys}
 
     def finish(self, run: str, status: str) -> None:
         self.client.set_terminated(run, _STATUS[status])
@@ -152,11 +157,11 @@ class Tracker:
 
 
 def metric_name(row: dict[str, Any]) -> str:
-    """held_out/loss, head/..., anisotropy/layer_last: split first, layer last."""
+    """held_out/loss, model/stable_rank, held_out/anisotropy/layer_last: split first, layer last."""
     parts = [row["split"] or "model", row["metric"]]
     if row["layer"] is not None:
         parts.append("layer_last" if row["layer"] == -1 else f"layer_{row['layer']:02d}")
-    return "/".join(parts)
+    return re.sub(r"[^\w\-./ :]", "_", "/".join(parts))  # what MLflow takes in a name
 
 
 def flat(tree: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:

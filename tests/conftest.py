@@ -9,6 +9,9 @@ from typing import Any
 
 import pytest
 
+# Metrics that no two runs share.
+TIMING = ("tokens_per_second", "training_seconds", "probe_seconds", "peak_memory")
+
 os.environ["HF_HUB_OFFLINE"] = "1"  # what is not on this machine is nowhere
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 

@@ -147,6 +147,8 @@ class Shape(NamedTuple):
     """All parameters but input embedding and head."""
     vocabulary: int
     """Rows of the head: V."""
+    tied: bool
+    """Whether input embedding and head are one."""
 
 
 def shape(config: Any, field: str = "model.config") -> Shape:
@@ -163,4 +165,5 @@ def shape(config: Any, field: str = "model.config") -> Shape:
         embedding=embedding.numel(),
         body=sum(p.numel() for p in model.parameters()) - sum(apart.values()),
         vocabulary=head.shape[0],
+        tied=embedding is head,
     )

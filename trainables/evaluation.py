@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from analysis import spectrum
-from trainables import corpus, heads, probes
+from trainables import corpus, findings, heads, probes
 from trainables.features import Features
 from trainables.heads import LinearHead
 from trainables.recorder import Recorder
@@ -25,8 +25,7 @@ class Evaluation:
     def __init__(self, states: Features, wanted: dict[str, Any], size: int) -> None:
         """wanted: the grid's `probes`; size: blocks that go through the backbone at once."""
         self.states, self.wanted, self.size = states, wanted, size
-        device = states.backbone.device
-        self.unigram = torch.from_numpy(states.text.unigram()).float().to(device)
+        self.text = findings.text(states.text, states.backbone.device)
         self.samples: dict[bool, list[tuple[str, list[int], Tensor, Tensor]]] = {}
 
     @torch.no_grad()
@@ -34,13 +33,13 @@ class Evaluation:
         self, head: LinearHead, recorder: Recorder, step: int, kinds: Any, last: bool
     ) -> bool:
         """Record what the probes find; whether all losses are finite. `last`: on more blocks."""
-        found = probes.measure(head, self._batches(head, last), self.unigram, kinds)
+        found = probes.measure(head, self._batches(head, last), self.text, kinds)
         found.record(recorder, step)
         return found.finite
 
-    def _batches(self, head: LinearHead, last: bool) -> Iterator[probes.Batch]:
+    def _batches(self, head: LinearHead, last: bool) -> Iterator[findings.Batch]:
         for part in self._sample(last):
-            yield probes.see(head, *part)
+            yield findings.see(head, *part)
 
     def _sample(self, last: bool) -> list[tuple[str, list[int], Tensor, Tensor]]:
         """Blocks to choose a learning rate by (selection) and blocks to report (held_out)."""

@@ -7,6 +7,7 @@ sweep. Only safetensors and GGUF files are read: no pickles, no remote code.
 import functools
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from analysis.errors import BadInput
-from trainables import backbones, hub
+from trainables import backbones, findings, hub
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,26 @@ class Frozen:
         # the model scales its logits by).
         states: Tensor = self.model(input_ids=ids.to(self.device), use_cache=False).logits
         return states.float()
+
+    @torch.no_grad()
+    def layers(self, ids: Tensor, wanted: str) -> tuple[Tensor, dict[int, Tensor]]:
+        """The same, and of layers before the last where all are `wanted`: 0 is the embedding."""
+        found = self.model(
+            input_ids=ids.to(self.device), use_cache=False, output_hidden_states=wanted == "all"
+        )
+        inner = findings.inner(found.hidden_states, wanted)
+        return found.logits.float(), {layer: states.float() for layer, states in inner.items()}
+
+    def whole(self) -> Any:
+        """The model with its own head back in its place: `hidden` and `layers` are no more."""
+        vocabulary, d = self.weight.shape
+        head = nn.Linear(d, vocabulary, bias=self.bias is not None, device="meta")
+        dtype = next(self.model.parameters()).dtype
+        head.weight = nn.Parameter(self.weight.to(dtype), requires_grad=False)
+        if self.bias is not None:
+            head.bias = nn.Parameter(self.bias.to(dtype), requires_grad=False)
+        self.model.set_output_embeddings(head)
+        return self.model
 
 
 def folder(name: str) -> Path | None:
@@ -103,8 +124,7 @@ def shape(model: dict[str, Any], sequence: int) -> backbones.Shape:
     sequences so long.
     """
     wanted = {key: model[key] for key in ("pretrained", "revision", "gguf_file")}
-    config = _configuration(json.dumps(wanted))
-    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    limit = positions(model)
     if limit and sequence > limit:
         raise BadInput(
             f"train.sequence: {sequence} is more than the {limit} positions of the model"
@@ -128,9 +148,43 @@ def _configuration(model: str) -> Any:
     if cap := getattr(config.get_text_config(), "final_logit_softcapping", None):
         raise BadInput(
             f"model.pretrained: {name}: its logits are not W h (final_logit_softcapping is {cap}); "
-            "rankfit needs a linear output head"
+            "a linear output head is needed"
         )
     return config
+
+
+def positions(model: dict[str, Any]) -> int | None:
+    """How long a sequence it can take."""
+    wanted = {key: model[key] for key in ("pretrained", "revision", "gguf_file")}
+    config = _configuration(json.dumps(wanted))
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return int(limit) if limit else None
+
+
+def head_names(model: dict[str, Any], keys: Iterable[str]) -> dict[str, str]:
+    """Of the tensors in a model's files (`keys`), those that make up its output head, by what they
+    are: weight and bias, or A and B of a factored one. A tied weight is the input embedding's."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    wanted = {key: model[key] for key in ("pretrained", "revision", "gguf_file")}
+    config = _configuration(json.dumps(wanted))
+    with torch.device("meta"):
+        net = backbones.build(config, "model.pretrained")
+    # Files may have other names than modules: embed_out for lm_head, or those of the base alone.
+    mapping, state = get_model_conversion_mapping(net), net.state_dict()
+    kinds = ([m for m in mapping if isinstance(m, k)] for k in (WeightRenaming, WeightConverter))
+    rules = (*kinds, net.base_model_prefix, state)
+    named = {rename_source_key(key, *rules)[0]: key for key in keys}
+    output, embedding = net.get_output_embeddings(), net.get_input_embeddings()
+    places = [output, embedding] if output.weight is embedding.weight else [output]
+    prefixes = [name for place in places for name, m in net.named_modules() if m is place]
+    return {
+        part: named[f"{prefix}.{part}"]
+        for prefix in reversed(prefixes)  # the head's own, where it is there
+        for part in ("weight", "bias", "A", "B")
+        if f"{prefix}.{part}" in named
+    }
 
 
 @functools.cache
@@ -174,12 +228,13 @@ def load(model: dict[str, Any], precision: str, device: torch.device) -> Frozen:
     name, options = _source(model)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     if not model["gguf_file"]:
-        options["use_safetensors"] = True
+        # Where the user allows pickles, transformers reads tensors alone from them.
+        options["use_safetensors"] = None if model.get("pickle") else True
     try:
         net, found = transformers.AutoModelForCausalLM.from_pretrained(
             name, dtype=dtype, output_loading_info=True, **options
         )
-    except (OSError, ValueError, ImportError) as error:
+    except Exception as error:  # of whatever library reads the weights
         raise _unloadable(name, error) from None
     net.requires_grad_(False).eval().to(device)
     own = net.get_output_embeddings()
@@ -202,8 +257,8 @@ def load(model: dict[str, Any], precision: str, device: torch.device) -> Frozen:
     tolerance = 5e-2 if precision == "bf16" else 1e-4
     if (mine - logits).abs().max() > tolerance * logits.abs().max().clamp(min=1):
         raise BadInput(
-            f"model.pretrained: {name}: its logits are not those of its output matrix; rankfit "
-            "needs a linear output head"
+            f"model.pretrained: {name}: its logits are not those of its output matrix; a linear "
+            "output head is needed"
         )
     return frozen
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 CHUNK = 512  # tokens whose logits exist at once
+CACHED = 2**18  # logits that a core's cache holds
 LINEAR = 0.2  # the argument up to which tanh is taken for linear: 1.3 % off
 KNOTS, REACH = 32, 16.0  # of the monotone function: so many pieces between -REACH and REACH
 
@@ -344,17 +345,27 @@ class TokenStats(NamedTuple):
     """Nats, fp32."""
     correct: Tensor
     """Whether the likeliest token is the right one."""
+    entropy: Tensor
+    """Of the predicted distribution, nats, fp32."""
 
 
 @torch.no_grad()
 def token_stats(head: nn.Module, hidden: Tensor, labels: Tensor) -> TokenStats:
-    """Loss and accuracy of each of n tokens (hidden n x d, labels n), CHUNK tokens at a time.
+    """Of each of n tokens (hidden n x d, labels n), a few at a time.
 
     Goes through the head's own call: with ZeRO-3 its parameters exist nowhere else.
     """
-    losses, correct = [], []
-    for h, y in zip(hidden.split(CHUNK), labels.split(CHUNK), strict=True):
-        logits = _wide(head(h))
-        losses.append(F.cross_entropy(logits, y, reduction="none"))
-        correct.append(logits.argmax(-1) == y)
-    return TokenStats(torch.cat(losses), torch.cat(correct))
+    size, found, at = CHUNK, [], 0
+    while at < len(labels):
+        h, y = hidden[at : at + size], labels[at : at + size]
+        z, at = _wide(head(h)), at + len(h)
+        if z.device.type == "cpu":  # logits that stay in a core's cache: twice as fast
+            size = max(64, CACHED // z.shape[-1])
+        z = z - z.amax(-1, keepdim=True)
+        right, exps = z.gather(-1, y[:, None]).squeeze(-1), z.exp()
+        whole = exps.sum(-1)
+        logs, correct = whole.log(), right == 0
+        # Ties, as under a head of zeros, go to the first; argmax is slow, and few need it.
+        correct[correct.clone()] = z[correct].argmax(-1) == y[correct]
+        found.append((logs - right, correct, logs - torch.linalg.vecdot(exps, z) / whole))
+    return TokenStats(*(torch.cat(parts) for parts in zip(*found, strict=True)))

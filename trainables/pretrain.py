@@ -5,6 +5,7 @@
 """
 
 import math
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,7 +16,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from trainables import backbones, checkpoint, corpus, engine, heads, memory, probes, schedule
+from trainables import (
+    backbones,
+    checkpoint,
+    corpus,
+    engine,
+    findings,
+    heads,
+    memory,
+    probes,
+    schedule,
+)
 from trainables.heads import LinearHead
 from trainables.recorder import Recorder, Report
 
@@ -36,6 +47,17 @@ class LanguageModel(nn.Module):
         """ids (blocks x sequence) -> what the head sees (blocks x sequence x d)."""
         states: Tensor = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
         return states
+
+    def layers(self, ids: Tensor, wanted: str) -> tuple[Tensor, dict[int, Tensor]]:
+        """The same, and of layers before the last where all are `wanted`: 0 is the embedding."""
+        found = self.model.base_model(
+            input_ids=ids, use_cache=False, output_hidden_states=wanted == "all"
+        )
+        return found.last_hidden_state, findings.inner(found.hidden_states, wanted)
+
+    def whole(self) -> Any:
+        """The transformers model, its head in its place."""
+        return self.model
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids: blocks x (sequence + 1); the last is a label only."""
@@ -135,19 +157,23 @@ class _Training:
         self.run, self.recorder = run, recorder
         self.settings = trial["train"]
         self.steps = recorder.steps
-        self.unigram = torch.from_numpy(text.unigram()).float().to(run.device)
+        self.known = findings.text(text, run.device)
         self.seconds, self.tokens = 0.0, 0  # of training proper, since the last probe
 
     def go(
         self, sweep: Path, row: dict[str, Any], should_stop: Callable[[], bool]
     ) -> engine.Outcome:
         trial, steps, recorder = self.trial, self.steps, self.recorder
-        probed = set(schedule.probe_steps(steps, trial["probes"]["count"]))
+        probed = set(schedule.probe_steps(steps, trial["probes"]))
         logged = schedule.every(steps, 200)
         saved = schedule.every(steps, trial["checkpoints"])
         folder = sweep / "trials" / trial["id"]
         state = checkpoint.load(self.run, folder / "checkpoints")
         step = first = state["step"] if state else 0
+        self.falling = schedule.Falling(
+            trial["probes"]["loss"], state["falling"] if state else None
+        )
+        due = False
         if state:
             torch.set_num_threads(state["threads"])  # another number gives other bits
         else:
@@ -155,7 +181,8 @@ class _Training:
         recorder.row(row, "running", step)
 
         while True:
-            if step in probed and (step > first or not state) and not self._probe(step):
+            now = due or (step in probed and (step > first or not state))
+            if now and not self._probe(step):
                 status = "diverged"
                 break
             if step == steps:
@@ -165,19 +192,28 @@ class _Training:
             if step > first and (step % saved == 0 or stopping):
                 # Records first: what came before a checkpoint is on disk.
                 recorder.flush(step)
-                threads = torch.get_num_threads()
                 checkpoint.save(
-                    self.run, folder / "checkpoints", {"step": step, "threads": threads}
+                    self.run,
+                    folder / "checkpoints",
+                    {
+                        "step": step,
+                        "threads": torch.get_num_threads(),
+                        "falling": self.falling.state,
+                    },
                 )
+                if trial["keep_weights"] and step % saved == 0:
+                    self._export(folder / "weights" / f"step-{step:09d}")
             if stopping:
                 return engine.Outcome("stopped", step)
             head = self.model.head
             if head.refresh and step % head.refresh == 0:
                 with engine.gathered(head):
                     head.renew()
-            if not self._train_step(step, log=(step + 1) % logged == 0):
+            loss = self._train_step(step, log=(step + 1) % logged == 0)
+            if loss is None:
                 status = "diverged"
                 break
+            due = self.falling(loss)
             step += 1
 
         if status == "done":
@@ -186,8 +222,8 @@ class _Training:
         recorder.row(row, status, step)
         return engine.Outcome(status, step)
 
-    def _train_step(self, step: int, log: bool) -> bool:
-        """One optimiser step; False where the loss is not finite or DeepSpeed skipped the step."""
+    def _train_step(self, step: int, log: bool) -> float | None:
+        """Loss of one optimiser step; None where it is not finite or DeepSpeed skipped the step."""
         run, settings, started = self.run, self.settings, time.perf_counter()
         lr = schedule.rate(settings, step, self.steps)
         for group in run.optimizer.param_groups:
@@ -206,16 +242,16 @@ class _Training:
         value = loss.item() / world
         # DeepSpeed skips a step whose gradients are not finite, and says nothing.
         if not math.isfinite(value) or run.skipped_steps > skipped:
-            return False
+            return None
         self.seconds += time.perf_counter() - started
-        self.tokens += self.recorder.step_tokens
+        self.tokens += settings["batch"] * settings["sequence"]
         if log:
             norm = float(run.get_global_grad_norm()) if norm is None else norm
             self.recorder.scalar(step + 1, "loss", value, "train")
             self.recorder.scalar(step + 1, "gradient_norm", norm, "train")
             self.recorder.scalar(step + 1, "learning_rate", lr, "train")
             self.recorder.report(step + 1, always=False)
-        return True
+        return value
 
     def _batch(self, step: int, size: int | None = None) -> npt.NDArray[Any]:
         t = self.settings
@@ -224,20 +260,22 @@ class _Training:
 
     def _probe(self, step: int) -> bool:
         """Measure; False where the held-out loss is not finite."""
-        peak = memory.peak(self.run.device)
+        peak, started = memory.peak(self.run.device), time.perf_counter()
         self.run.eval()
         with torch.no_grad():
-            found = probes.measure(self.model.head, self._evaluation(step), self.unigram)
+            found = probes.measure(self.model.head, self._evaluation(step), self.known)
         self.run.train()
         found.record(self.recorder, step)
         self.recorder.scalar(step, "peak_memory", peak)
+        self.recorder.scalar(step, "probe_seconds", time.perf_counter() - started)
         if self.tokens:
             self.recorder.scalar(step, "tokens_per_second", self.tokens / self.seconds)
+            self.recorder.scalar(step, "training_seconds", self.seconds)
             self.seconds, self.tokens = 0.0, 0
         self.recorder.report(step)
         return found.finite
 
-    def _evaluation(self, step: int) -> Iterator[probes.Batch]:
+    def _evaluation(self, step: int) -> Iterator[findings.Batch]:
         """Held-out blocks, the same for all trials (more of them at the end), and the blocks that
         training sees first."""
         sequence, p = self.settings["sequence"], self.trial["probes"]
@@ -250,12 +288,14 @@ class _Training:
 
     def _forward(
         self, split: str, blocks: list[int], ids: npt.NDArray[Any]
-    ) -> Iterator[probes.Batch]:
+    ) -> Iterator[findings.Batch]:
         size = self.run.train_micro_batch_size_per_gpu()
         for start in range(0, len(ids), size):
             part = torch.from_numpy(ids[start : start + size]).to(self.run.device)
-            hidden, labels = self.model.hidden(part[:, :-1]), part[:, 1:]
-            yield probes.see(self.model.head, split, blocks[start : start + size], hidden, labels)
+            wanted = self.trial["probes"]["layers"] if split == "held_out" else "last"
+            hidden, inner = self.model.layers(part[:, :-1], wanted)
+            now = blocks[start : start + size]
+            yield findings.see(self.model.head, split, now, hidden, part[:, 1:], inner)
 
     def _export(self, folder: Path) -> None:
         """The trained weights, as safetensors beside their configuration and tokenizer."""
@@ -264,10 +304,13 @@ class _Training:
         model = self.model.model
         with engine.gathered(model):
             if dist.get_rank() == 0:
-                folder.mkdir(parents=True, exist_ok=True)
+                partial = folder.with_name(f".{folder.name}")
+                partial.mkdir(parents=True, exist_ok=True)
                 weights = {n: p.detach().cpu().contiguous() for n, p in model.named_parameters()}
-                save_file(weights, folder / "model.safetensors")
+                save_file(weights, partial / "model.safetensors")
                 model.config.lmsat_head = self.trial["head"]["kind"]  # weights alone do not tell
-                model.config.save_pretrained(folder)
-                (folder / "tokenizer.json").write_bytes(self.text.tokenizer.read_bytes())
+                model.config.save_pretrained(partial)
+                (partial / "tokenizer.json").write_bytes(self.text.tokenizer.read_bytes())
+                shutil.rmtree(folder, ignore_errors=True)
+                partial.rename(folder)
         dist.barrier()

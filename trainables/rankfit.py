@@ -122,7 +122,7 @@ class _Pack:
         return outcomes | {h.trial["id"]: engine.Outcome(h.status, h.step) for h in self.heads}
 
     def _train(self, should_stop: Callable[[], bool]) -> None:
-        probed = set(schedule.probe_steps(self.steps, self.probes["count"]))
+        probed = set(schedule.probe_steps(self.steps, self.probes))
         logged = schedule.every(self.steps, 50)
         saved = schedule.every(self.steps, self.saves)
         step = min((h.step for h in self.heads), default=0)
@@ -276,7 +276,7 @@ class _Pack:
         kind, recorder = trial["head"]["kind"], self._recorder(trial, 0)
         head = self.evaluation.baseline(kind, trial["head"]["rank"])
         params = sum(f.numel() for f in head.factors() if f is not None)
-        kinds = (*LAST, probes.LastLayer) if kind == "own" else (probes.Loss,)
+        kinds = (*LAST, probes.Layers) if kind == "own" else (probes.Loss,)
         self.evaluation.measure(head, recorder, 0, kinds, last=True)
         recorder.flush(0)
         recorder.row(self._describe(trial, params), "done", 0)

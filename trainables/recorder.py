@@ -22,7 +22,7 @@ class Recorder:
         sweep: Path,
         trial: str,
         steps: int,
-        step_tokens: int,
+        step_tokens: int | None,
         report: Report,
         writes: bool,
     ) -> None:
@@ -41,8 +41,15 @@ class Recorder:
         stderr: float | None = None,
         layer: int | None = None,
     ) -> None:
-        row = {"tokens": step * self.step_tokens, "metric": metric, "split": split, "layer": layer}
-        row |= {"value": value, "stderr": stderr, "time": time.time_ns() // 1_000_000}
+        row = {
+            "tokens": None if self.step_tokens is None else step * self.step_tokens,
+            "metric": metric,
+            "split": split,
+            "layer": layer,
+            "value": value,
+            "stderr": stderr,
+            "time": time.time_ns() // 1_000_000,
+        }
         self.add("scalars", step, row)
 
     def add(self, table: str, step: int, row: dict[str, Any]) -> None:

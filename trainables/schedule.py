@@ -45,12 +45,39 @@ def rate(train: dict[str, Any], step: int, steps: int) -> float:
     return learning_rate(step, steps, train["lr"], *shape)
 
 
-def probe_steps(steps: int, count: int) -> list[int]:
-    """At most `count` steps: 0, `steps`, and between them some equally apart in log(step)."""
+def probe_steps(steps: int, wanted: dict[str, Any]) -> list[int]:
+    """When to measure, by a trial's `probes` section: at the steps it names and the last; or at
+    most `count` times, at 0, `steps` and between them equally apart in log(step) or in step."""
+    count = wanted["count"]
+    if wanted["steps"] is not None:
+        return sorted({*(s for s in wanted["steps"] if s < steps), steps})
     if count < 2:
         return [steps]
+    if wanted["schedule"] == "linear":
+        return sorted({round(steps * i / (count - 1)) for i in range(count)})
     spread = (round(steps ** (i / (count - 2))) for i in range(count - 1)) if count > 2 else ()
     return sorted({0, *spread, steps})
+
+
+class Falling:
+    """Says when the training loss, smoothed over about ten steps, has fallen by `by` nats since it
+    was last measured. `state` is all it knows, for a checkpoint."""
+
+    def __init__(self, by: float | None, state: list[float] | None = None) -> None:
+        self.by = by
+        self.state = state or [0.0, 0.0, math.inf]  # smoothed sum, its weight, loss when measured
+
+    def __call__(self, loss: float) -> bool:
+        """After each step."""
+        if self.by is None:
+            return False
+        total, weight, before = self.state
+        total, weight = 0.9 * total + 0.1 * loss, 0.9 * weight + 0.1
+        now = total / weight
+        fallen = now <= before - self.by
+        # Step 0 is measured anyway: the first loss is its.
+        self.state = [total, weight, now if fallen or math.isinf(before) else before]
+        return fallen and math.isfinite(before)
 
 
 def every(steps: int, times: int) -> int:

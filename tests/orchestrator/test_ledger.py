@@ -40,7 +40,7 @@ def test_a_sweep_has_one_driver_and_the_hold_dies_with_it(tmp_path: Path) -> Non
     ) as other:
         assert other.stdout is not None and other.stdout.readline() == "held\n"
         with (
-            pytest.raises(BadInput, match="another `lmsat sweep` is at work"),
+            pytest.raises(BadInput, match="another `lmsat` is at work"),
             ledger.driving(tmp_path),
         ):
             pass

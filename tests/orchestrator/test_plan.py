@@ -8,7 +8,7 @@ import yaml
 
 from analysis import records
 from analysis.errors import BadInput
-from orchestrator import grid, plan
+from orchestrator import grid, plan, terminal
 from tests.conftest import train_apart
 from trainables import corpus, pretrain
 
@@ -113,3 +113,21 @@ def test_a_plan_is_plain_values(tmp_path: Path) -> None:
     import json
 
     assert json.loads(json.dumps(dataclasses.asdict(plan.plan(load(tmp_path), tmp_path))))
+
+
+def test_what_measuring_costs_is_stated(
+    tiny_grid: Path, cache: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text, costs = tiny_grid.read_text(), []
+    for count in (4, 40):
+        tiny_grid.write_text(text.replace("count: 4", f"schedule: linear, count: {count}"))
+        planned = plan.plan(grid.load(tiny_grid), cache)
+        costs.append(planned.costs[0])
+        terminal.print_plan(planned, [], as_json=False)
+        shares = [round(100 * c.probes / c.seconds) for c in planned.costs]
+        shown = capsys.readouterr().out
+        assert f"measuring: {min(shares)}" in shown and f"{max(shares)} % of a trial" in shown
+    # Seven times the tokens, on a machine whose speed is measured anew; and the same training.
+    assert 3 < costs[1].probes / costs[0].probes < 14
+    training = [cost.seconds - cost.probes for cost in costs]
+    assert training[1] == pytest.approx(training[0], rel=0.5)

@@ -5,7 +5,7 @@ from orchestrator.plan import Cost
 
 
 def cost(id: str, seconds: float = 10.0) -> Cost:
-    return Cost(id, f"trial {id}", 8, "full", None, 10, 5, 1000, None, 1e9, 100, seconds)
+    return Cost(id, f"trial {id}", 8, "full", None, 10, 5, 1000, None, 1e9, 100, seconds, 0.0)
 
 
 def test_what_went_wrong_is_shown_as_it_is(capsys: Any) -> None:

@@ -21,11 +21,10 @@ import yaml
 from mlflow import MlflowClient
 
 from analysis import records, tables
-from orchestrator import ledger, tracking
-from tests.conftest import TINY
+from orchestrator import ledger, plan, progress, tracking
+from orchestrator import sweep as sweeps
+from tests.conftest import TIMING, TINY
 from trainables import pretrain
-
-TIMING = ("tokens_per_second", "peak_memory")
 
 
 def command(*args: str, **options: Any) -> subprocess.CompletedProcess[str]:
@@ -74,9 +73,10 @@ def test_every_trial_is_done_and_recorded(swept: Path) -> None:
     found = measured(swept / "runs" / "tiny")
     assert found["trials"]["status"].to_list() == ["done"] * 4
     assert found["trials"]["step"].to_list() == [48] * 4
-    per_trial = found["scalars"].group_by("trial").len()["len"].to_list()
-    assert per_trial == [3 * 48 + 4 * 13] * 4  # rows of training steps, and of probes
-    assert found["spectra"].height == 4 * 2 * (8 + 16)
+    for metric, rows in {"gradient_norm": 48, "loss": 48 + 2 * 4, "stable_rank": 4}.items():
+        each = found["scalars"].filter(pl.col("metric") == metric).group_by("trial").len()
+        assert each["len"].to_list() == [rows] * 4
+    assert found["spectra"].height == 3 * 4 * 2 * (8 + 16)  # matrices, steps, heads, sizes
     assert {e["status"] for e in ledger.read(swept / "runs" / "tiny").values()} == {"done"}
 
 
@@ -101,7 +101,10 @@ def test_mlflow_shows_what_the_records_hold(swept: Path) -> None:
     children = [r for r in runs if r is not parent]
     assert len(children) == 4 and {r.info.status for r in runs} == {"FINISHED"}
     assert {r.data.tags["mlflow.parentRunId"] for r in children} == {parent.info.run_id}
-    assert [a.path for a in client.list_artifacts(parent.info.run_id)] == ["loss_vs_rank.png"]
+    drawn = {"anisotropy_by_depth", "perplexity", "singular_entropy", "spectrum_heatmap"}
+    figures = {f"{name}.{kind}" for name in drawn for kind in ("png", "svg")}
+    kept = {a.path for a in client.list_artifacts(parent.info.run_id)}
+    assert kept == figures | {"loss_vs_rank.png"}
     assert "lmsat sweep --grid" in parent.data.tags["mlflow.note.content"]
     scalars = records.scan(sweep, "scalars").collect()
     for run in children:
@@ -159,7 +162,7 @@ def test_a_changed_grid_under_an_old_name_is_refused(swept: Path) -> None:
 def test_a_second_driver_is_refused(swept: Path) -> None:
     with ledger.driving(swept / "runs" / "tiny"):
         done = command("sweep", "--grid", "tiny.yaml", cwd=swept)
-    assert done.returncode == 2 and "another `lmsat sweep` is at work" in done.stderr
+    assert done.returncode == 2 and "another `lmsat` is at work" in done.stderr
 
 
 def test_status_shows_every_trial(swept: Path) -> None:
@@ -387,3 +390,17 @@ def test_one_trials_end_is_not_the_others(tmp_path: Path, cache: Path) -> None:
     assert {n: ended[n] for n in statuses} == {
         n: "FINISHED" if s == "done" else "FAILED" for n, s in statuses.items()
     }
+
+
+@pytest.mark.skipif(plan.cores() < 2, reason="one core")
+def test_as_many_items_are_worked_on_at_once_as_there_is_room_for(tmp_path: Path) -> None:
+    def meet(folder: Path) -> None:
+        (folder / str(os.getpid())).touch()
+        until = time.monotonic() + 60
+        while len(list(folder.iterdir())) < 2:
+            assert time.monotonic() < until, "nobody else came"
+            time.sleep(0.05)
+
+    watcher = progress.Bar(quiet=True)
+    found = sweeps.fan_out(meet, lambda item: None, [tmp_path] * 2, 1, 0, watcher)
+    assert sorted(found) == [(0, None), (1, None)]

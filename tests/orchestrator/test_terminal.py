@@ -1,9 +1,11 @@
 import json
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from analysis import records
 from orchestrator import terminal
 
 
@@ -34,6 +36,27 @@ def test_a_narrow_terminal_cuts_names_and_no_numbers(capsys: Any, monkeypatch: A
     terminal.print_table(["name", "value", "more"], [["n" * 60, "1.2345678", "[+1, -2]"]])
     lines = capsys.readouterr().out.splitlines()
     assert all("1.2345678" in x and "[+1, -2]" in x and "…" in x for x in lines[1:])
+
+
+def test_a_narrow_terminal_leaves_columns_out_and_says_so(
+    capsys: Any, monkeypatch: Any, tmp_path: Path
+) -> None:
+    rows = {"loss": 3.25, "accuracy": 0.5, "stable_rank": 123456.75}
+    scalar = {"trial": "a", "step": 1000, "tokens": None, "split": "", "layer": None}
+    scalar |= {"stderr": None, "time": 0}
+    named = dict.fromkeys(records.TABLES["trials"]) | {"trial": "a", "name": "n" * 60}
+    records.write(tmp_path, "trials", "a", 1000, [named])
+    found = [{**scalar, "metric": metric, "value": value} for metric, value in rows.items()]
+    records.write(tmp_path, "scalars", "a", 1000, found)
+    monkeypatch.setenv("COLUMNS", "32")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    terminal.print_measured(tmp_path, {}, as_json=False)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "not shown on so narrow a terminal: stable rank"
+    assert "1000 3.250 0.500" in lines[-1] and "…" in lines[-1]
+    monkeypatch.setenv("COLUMNS", "44")
+    terminal.print_measured(tmp_path, {}, as_json=False)
+    assert "1000 3.250 0.500   123456.75" in capsys.readouterr().out.splitlines()[-1]
 
 
 def test_a_table_in_a_pipe_is_not_folded(capsys: Any) -> None:

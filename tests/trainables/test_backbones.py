@@ -38,7 +38,7 @@ def test_nano_sizes_are_counted_in_closed_form(size: str) -> None:
     d, layers = backbones.LADDER[size].d, backbones.LADDER[size].layers
     shape = backbones.shape(backbones.configuration(model(size), 1000, 128))
     # Attention 4 d^2 + 4 d, MLP 8 d^2 + 5 d, two norms 4 d; and the final norm.
-    assert shape == (d, layers, 1000 * d, layers * (12 * d * d + 13 * d) + 2 * d, 1000)
+    assert shape == (d, layers, 1000 * d, layers * (12 * d * d + 13 * d) + 2 * d, 1000, False)
     assert backbones.width(model(size)) == d
 
 
@@ -67,7 +67,14 @@ def test_any_causal_model_enters_by_its_configuration(tmp_path: Path) -> None:
         fields = model(config=str(name), residual=None)
         shape = backbones.shape(backbones.configuration(fields, 77, 64))
         positions = 1024 * 24
-        assert shape == (24, 2, 77 * 24, 2 * (12 * 24 * 24 + 13 * 24) + 2 * 24 + positions, 77)
+        assert shape == (
+            24,
+            2,
+            77 * 24,
+            2 * (12 * 24 * 24 + 13 * 24) + 2 * 24 + positions,
+            77,
+            False,
+        )
         assert backbones.width(fields) == 24
 
 

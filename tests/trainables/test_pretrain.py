@@ -12,11 +12,10 @@ import pytest
 import torch
 
 from analysis import records
-from tests.conftest import head_section, train_apart
+from tests.conftest import TIMING, head_section, train_apart
 from trainables import checkpoint, corpus, heads, pretrain
 
 OTHER = {"size": None, "residual": None}  # fields of a model that is not on the ladder
-TIMING = ("tokens_per_second", "peak_memory")
 
 
 def variant(trial: dict[str, Any], **sections: Any) -> dict[str, Any]:
@@ -284,7 +283,8 @@ def test_an_exported_low_rank_head_loads_back(
     pretrain.train(low, tmp_path, cache)
     model = pretrain.build(low, 1024)
     model.model.load_state_dict(final(tmp_path, low))
-    sigma = records.scan(tmp_path, "spectra").filter(pl.col("step") == 48).collect()["sigma"]
+    spectra = records.scan(tmp_path, "spectra").filter(pl.col("step") == 48).collect()
+    sigma = spectra.filter(pl.col("matrix") == "head")["sigma"]
     out, down = model.head.factors()
     expected = np.linalg.svd((out @ down).detach().double().numpy(), compute_uv=False)
     np.testing.assert_allclose(sigma[:2], expected[:2], rtol=1e-5)
@@ -295,25 +295,32 @@ def test_every_measure_is_there(tiny_trial: dict[str, Any], tmp_path: Path, cach
     reports: list[dict[str, Any]] = []
     pretrain.train(tiny_trial, tmp_path, cache, reports.append)
     table = records.scan(tmp_path, "scalars").filter(pl.col("step") == 48).collect()
-    assert set(zip(table["split"], table["metric"], strict=True)) == {
-        ("train", "loss"),
-        ("train", "gradient_norm"),
-        ("train", "learning_rate"),
-        ("held_out", "loss"),
-        ("held_out", "accuracy"),
-        ("held_out", "unigram_loss"),
-        ("held_out", "anisotropy"),
-        ("held_out", "anisotropy_between"),
-        ("held_out", "anisotropy_first"),
-        ("seen", "loss"),
-        ("seen", "accuracy"),
-        ("seen", "unigram_loss"),
-        ("held_out", "achieved_rank"),
-        ("", "singular_entropy"),
-        ("", "singular_entropy_rank"),
-        ("", "singular_entropy_centred"),
-        ("", "peak_memory"),
-        ("", "tokens_per_second"),
+    each = "loss accuracy entropy perplexity bits_per_byte unigram_loss"
+    once = "achieved_rank gradient_survival"
+    states = (
+        "anisotropy anisotropy_between anisotropy_first rankme isoscore_star participation_ratio "
+        "alpha_req norm mean_share"
+    )
+    spectra = (
+        "singular_entropy singular_entropy_1 effective_rank stable_rank spectral_rank "
+        "participation_ratio condition_number exponent"
+    )
+    frequency = [f"frequency_correlation{c}_{i}" for c in ("", "_centred") for i in range(4)]
+    deciles = {m for m in table["metric"] if m.startswith("loss_decile_")}
+    wanted = {
+        "train": {"loss", "gradient_norm", "learning_rate"},
+        "seen": set(each.split()),
+        "held_out": {*each.split(), *once.split(), *states.split(), *deciles},
+        "": {m + c for m in spectra.split() for c in ("", "_centred", "_functional")}
+        - {"condition_number_functional"}
+        | {*frequency, "frequency_share", "singular_entropy_rank", *TIMING},
+    }
+    for split, metrics in wanted.items():
+        assert set(table.filter(pl.col("split") == split)["metric"]) == metrics
+    assert len(deciles) >= 8  # one word may be more than a tenth of all
+    of_layers = table.filter(pl.col("layer").is_not_null())
+    assert {(row["metric"], row["layer"]) for row in of_layers.to_dicts()} == {
+        (metric, layer) for metric in states.split() for layer in (0, 1, -1)
     }
     blocks = records.scan(tmp_path, "blocks").filter(pl.col("split") == "held_out").collect()
     last = blocks.filter(pl.col("step") == 48)
@@ -327,6 +334,73 @@ def test_every_measure_is_there(tiny_trial: dict[str, Any], tmp_path: Path, cach
     assert (
         sum(len(r["rows"]) for r in reports) == records.scan(tmp_path, "scalars").collect().height
     )
+
+
+@pytest.mark.parametrize(
+    ("probes", "wanted"),
+    [
+        ({"schedule": "linear", "count": 4}, [0, 16, 32, 48]),
+        ({"steps": [0, 5, 40, 999]}, [0, 5, 40, 48]),
+        ({"count": 3}, [0, 1, 48]),
+    ],
+)
+def test_it_measures_when_it_was_asked_to(
+    probes: dict[str, Any],
+    wanted: list[int],
+    tiny_trial: dict[str, Any],
+    tmp_path: Path,
+    cache: Path,
+) -> None:
+    trial = variant(tiny_trial, probes={**probes, "layers": "last", "final_tokens": 1024})
+    pretrain.train(trial, tmp_path, cache)
+    table = scalars(tmp_path, trial).filter(pl.col("metric") == "anisotropy")
+    assert table["step"].to_list() == wanted
+    assert set(table["layer"]) == {-1}
+
+
+def test_it_measures_whenever_the_loss_has_fallen_also_when_resumed(
+    tiny_trial: dict[str, Any], tmp_path: Path, cache: Path
+) -> None:
+    trial = variant(tiny_trial, probes={"steps": [0], "loss": 0.25})
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    pretrain.train(trial, whole, cache)
+    assert pretrain.train(trial, parts, cache, should_stop=stop_after(20)).status == "stopped"
+    pretrain.train(trial, parts, cache)
+    assert scalars(parts, trial).equals(scalars(whole, trial))
+    # The same from the losses of every step: their smoothed mean, in closed form.
+    every, due = losses(whole, trial), []
+    weights = [0.9 ** np.arange(i + 1)[::-1] for i in range(len(every))]
+    smoothed = [w @ every[: len(w)] / w.sum() for w in weights]
+    before = smoothed[0]
+    for step, now in enumerate(smoothed, 1):
+        if now <= before - 0.25:
+            before = now
+            due.append(step)
+    found = scalars(whole, trial).filter(pl.col("metric") == "singular_entropy")["step"].to_list()
+    assert found == sorted({0, *due, 48}) and len(found) > 5
+
+
+def test_kept_weights_are_those_of_their_step(
+    tiny_trial: dict[str, Any], tmp_path: Path, cache: Path
+) -> None:
+    trial = {**tiny_trial, "keep_weights": True, "checkpoints": 3}
+    pretrain.train(trial, tmp_path, cache)
+    folder = tmp_path / "trials" / trial["id"]
+    kept = sorted((folder / "weights").iterdir())
+    assert [p.name for p in kept] == ["step-000000016", "step-000000032"]
+    # A run that stops there has the same weights in its checkpoint.
+    other = tmp_path / "other"
+    pretrain.train(trial, other, cache, should_stop=stop_after(32))
+    from safetensors.torch import load_file
+
+    found = load_file(kept[1] / "model.safetensors")
+    state = torch.load(
+        next((other / "trials" / trial["id"] / "checkpoints").glob("*/engine/mp_rank_00*")),
+        weights_only=False,  # written just above
+    )["module"]
+    for name, weight in found.items():
+        assert torch.equal(weight, state[f"model.{name}"]), name
+    assert (kept[1] / "config.json").is_file() and (kept[1] / "tokenizer.json").is_file()
 
 
 def test_the_gradient_norm_is_the_gradients(

@@ -12,6 +12,7 @@ import torch
 
 from analysis import records, spectrum
 from orchestrator import grid
+from tests.conftest import TIMING
 from trainables import checkpoint, corpus, features, frozen, heads, rankfit
 
 CPU = torch.device("cpu")
@@ -34,7 +35,7 @@ def trials(folder: Path, backbone: Path, **fields: Any) -> list[dict[str, Any]]:
 
 
 def rows(sweep: Path, table: str, trial: str) -> pl.DataFrame:
-    clocks = pl.col("metric").is_in(["tokens_per_second", "peak_memory"])
+    clocks = pl.col("metric").is_in(TIMING)
     found = records.scan(sweep, table, trial)
     if table == "scalars":
         found = found.filter(~clocks).drop("time").sort("step", "split", "metric", "layer")

@@ -1,4 +1,5 @@
 import math
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -45,15 +46,38 @@ def test_no_rate_is_zero_or_above_the_peak(
         assert 0 <= rate <= 1 + 1e-12
 
 
-@given(steps=st.integers(1, 10**6), count=st.integers(1, 50))
-def test_probes_take_in_the_ends_and_keep_to_their_number(steps: int, count: int) -> None:
-    found = schedule.probe_steps(steps, count)
+def probes(count: int = 8, kind: str = "log", steps: list[int] | None = None) -> dict[str, Any]:
+    return {"count": count, "schedule": kind, "steps": steps}
+
+
+@given(
+    steps=st.integers(1, 10**6), count=st.integers(1, 50), kind=st.sampled_from(["log", "linear"])
+)
+def test_probes_take_in_the_ends_and_keep_to_their_number(
+    steps: int, count: int, kind: str
+) -> None:
+    found = schedule.probe_steps(steps, probes(count, kind))
     assert len(found) <= count and found == sorted(set(found)) and found[-1] == steps
     assert count == 1 or found[0] == 0
 
 
 def test_probes_are_even_in_the_logarithm() -> None:
-    assert schedule.probe_steps(1000, 5) == [0, 1, 10, 100, 1000]
+    assert schedule.probe_steps(1000, probes(5)) == [0, 1, 10, 100, 1000]
+
+
+def test_probes_are_even_in_steps_where_asked() -> None:
+    assert schedule.probe_steps(1000, probes(5, "linear")) == [0, 250, 500, 750, 1000]
+
+
+def test_probes_at_given_steps_take_in_the_last() -> None:
+    assert schedule.probe_steps(100, probes(steps=[7, 3, 7, 500])) == [3, 7, 100]
+
+
+def test_a_flat_loss_is_not_measured_and_a_falling_one_is() -> None:
+    falling = schedule.Falling(0.1)
+    assert not any(falling(3.0) for _ in range(50))
+    # Smoothed: 2.9, 2.81, 2.729.
+    assert [falling(2.0) for _ in range(3)] == [True, False, True]
 
 
 def test_steps_are_whole() -> None:
