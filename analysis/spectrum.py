@@ -277,14 +277,14 @@ def frequency(
     return Frequency(found[0], found[1], (direction @ direction / energy).item())
 
 
-def survival(w: Tensor, gradient: Tensor) -> Tensor:
-    """Energy (n) that is left of each logit gradient p - e_y (n x V) when it is projected onto the
-    column space of W (V x d), all that a linear head hands back: Godey & Artzi 2026 (2603.10145).
-    A share of |gradient|^2, not of norms, which do not add up."""
-    _, sigma, vt = torch.linalg.svd(triangle(w), full_matrices=False)
+def survival(r: Tensor, pulled: Tensor) -> Tensor:
+    """Energy (n) that is left of each logit gradient g = p - e_y when it is projected onto the
+    column space of W, all that a linear head hands back, from W's triangle and `pulled`, g W
+    (n x d): Godey & Artzi 2026 (2603.10145). A share of |g|^2, not of norms, which do not add up.
+    """
+    _, sigma, vt = torch.linalg.svd(r, full_matrices=False)
     kept = sigma > 1e-12 * sigma[0]
-    inside = gradient.double() @ w.detach().double() @ (vt[kept].T / sigma[kept])
-    return inside.square().sum(-1)
+    return (pulled.double() @ (vt[kept].T / sigma[kept])).square().sum(-1)
 
 
 def _shares(sigma: Tensor, power: float) -> Tensor:

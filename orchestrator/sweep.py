@@ -45,11 +45,7 @@ def run(
     planned = plan.plan(grid, cache)  # again: the epochs are known now
     if planned.features:
         watcher.preparing(f"hidden states go to {cache}: {planned.features / 1e9:.2f} GB")
-    try:
-        sweep.mkdir(parents=True, exist_ok=True)
-        (sweep / "driver.lock").touch()
-    except OSError as error:
-        raise BadInput(f"--out: cannot write to {out}: {error.strerror}") from None
+    ledger.make(sweep, out)
     with ledger.driving(sweep):
         _keep(grid, planned.costs, sweep)
         watcher.preparing("opening MLflow")

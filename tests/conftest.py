@@ -4,10 +4,13 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
 # Metrics that no two runs share.
 TIMING = ("tokens_per_second", "training_seconds", "probe_seconds", "peak_memory")
@@ -86,3 +89,21 @@ def head_section(kind: str, rank: int | None = None, **fields: Any) -> dict[str,
     """The `head` section of a trial."""
     unused = dict.fromkeys(("experts", "backward", "directions", "refresh"))
     return {**unused, "kind": kind, "rank": rank, "init": "scaled", **fields}
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """On matrices this small threads do nothing but wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, dtype=torch.float64, generator=generator)
+
+
+def orthogonal(d: int, seed: int = 0) -> Tensor:
+    return torch.linalg.qr(normal(d, d, seed=seed)).Q

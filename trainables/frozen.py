@@ -123,13 +123,17 @@ def shape(model: dict[str, Any], sequence: int) -> backbones.Shape:
     Raises BadInput where it is no causal language model with a linear head, or cannot take
     sequences so long.
     """
-    wanted = {key: model[key] for key in ("pretrained", "revision", "gguf_file")}
     limit = positions(model)
     if limit and sequence > limit:
         raise BadInput(
             f"train.sequence: {sequence} is more than the {limit} positions of the model"
         )
-    return _shape(json.dumps(wanted))
+    return _shape(_key(model))
+
+
+def _key(model: dict[str, Any]) -> str:
+    """What tells it from others, for the caches."""
+    return json.dumps({key: model[key] for key in ("pretrained", "revision", "gguf_file")})
 
 
 @functools.cache
@@ -155,8 +159,7 @@ def _configuration(model: str) -> Any:
 
 def positions(model: dict[str, Any]) -> int | None:
     """How long a sequence it can take."""
-    wanted = {key: model[key] for key in ("pretrained", "revision", "gguf_file")}
-    config = _configuration(json.dumps(wanted))
+    config = _configuration(_key(model))
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     return int(limit) if limit else None
 
@@ -167,8 +170,7 @@ def head_names(model: dict[str, Any], keys: Iterable[str]) -> dict[str, str]:
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-    wanted = {key: model[key] for key in ("pretrained", "revision", "gguf_file")}
-    config = _configuration(json.dumps(wanted))
+    config = _configuration(_key(model))
     with torch.device("meta"):
         net = backbones.build(config, "model.pretrained")
     # Files may have other names than modules: embed_out for lm_head, or those of the base alone.

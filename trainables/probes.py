@@ -235,14 +235,16 @@ class GradientSurvival:
         found = Found()
         if not is_linear(head) or not _is_finite(head) or len(self.parts) < 2:
             return found
-        out, energies = head.factors()[0], []
+        out, pulled, energies = head.factors()[0].double(), [], []
         hidden, labels = (torch.cat(part) for part in zip(*self.parts, strict=True))
         for h, y in zip(hidden.split(256), labels.split(256), strict=True):
             gradient = head.logits(h).double().softmax(-1)
             gradient[torch.arange(len(y)), y] -= 1
-            left = spectrum.survival(out, gradient)
-            energies.append(torch.stack([left, gradient.square().sum(-1)]))
-        left, whole = torch.cat(energies, 1).view(2, len(self.parts), -1).sum(2).cpu()
+            pulled.append(gradient @ out)
+            energies.append(gradient.square().sum(-1))
+        kept = spectrum.survival(spectrum.triangle(out), torch.cat(pulled))
+        both = torch.stack([kept, torch.cat(energies)])
+        left, whole = both.view(2, len(self.parts), -1).sum(2).cpu()
         if whole.sum() > 0:
             stderr = _jackknife_ratio(left, whole)
             found.scalar("gradient_survival", (left.sum() / whole.sum()).item(), "held_out", stderr)

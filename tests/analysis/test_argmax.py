@@ -9,11 +9,7 @@ from torch import Tensor
 
 from analysis import argmax
 from analysis.argmax import unargmaxable
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, dtype=torch.float64, generator=generator)
+from tests.conftest import normal
 
 
 def by_linear_programme(weight: Tensor, bias: Tensor | None) -> list[int]:

@@ -1,5 +1,5 @@
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
@@ -13,27 +13,13 @@ from torch import Tensor
 
 from analysis import geometry
 from analysis.geometry import GROUPS, MOMENTS, Estimate
+from tests.conftest import normal, orthogonal
 
 Array = npt.NDArray[np.float64]
 SEEDS = st.integers(0, 2**32)
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """On matrices this small threads do nothing but wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, dtype=torch.float64, generator=generator)
-
-
-def orthogonal(d: int, seed: int = 0) -> Tensor:
-    return torch.linalg.qr(normal(d, d, seed=seed)).Q
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def leaning(blocks: int, sequence: int = 7, d: int = 6, seed: int = 0) -> Tensor:

@@ -1,7 +1,7 @@
 import itertools
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from analysis import geometry, spectrum
+from tests.conftest import normal, orthogonal
 
 Array = npt.NDArray[np.float64]
 
@@ -33,22 +34,7 @@ SEEDS = st.integers(0, 2**32)
 SIGMAS = st.lists(st.floats(1e-150, 1e150), min_size=1, max_size=40)
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """On matrices this small threads do nothing but wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, dtype=torch.float64, generator=generator)
-
-
-def orthogonal(d: int, seed: int = 0) -> Tensor:
-    return torch.linalg.qr(normal(d, d, seed=seed)).Q
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def svd(w: Tensor) -> Array:
@@ -487,6 +473,10 @@ def test_the_share_of_frequency_in_closed_form() -> None:
 # What survives of a gradient
 
 
+def survival(w: Tensor, gradient: Tensor) -> Tensor:
+    return spectrum.survival(spectrum.triangle(w), gradient @ w)
+
+
 def gradients(n: int, rows: int) -> Tensor:
     """p - e_y."""
     p = normal(n, rows, seed=5).softmax(-1)
@@ -498,7 +488,7 @@ def test_what_survives_is_the_orthogonal_projection(condition: float) -> None:
     w = normal(50, 8) @ torch.diag(torch.logspace(0, -math.log10(condition), 8).double())
     g = gradients(12, 50).numpy()
     basis = np.linalg.qr(w.numpy())[0]
-    found = spectrum.survival(w @ orthogonal(8), torch.from_numpy(g)).numpy()
+    found = survival(w @ orthogonal(8), torch.from_numpy(g)).numpy()
     np.testing.assert_allclose(found, ((g @ basis) ** 2).sum(1), rtol=1e-9)
     left = np.linalg.lstsq(w.numpy(), g.T, rcond=None)[0]
     np.testing.assert_allclose(found, ((w.numpy() @ left) ** 2).sum(0), rtol=1e-9)
@@ -508,7 +498,7 @@ def test_a_deficient_head_hands_back_what_its_columns_span() -> None:
     w = normal(50, 3)
     more = torch.cat([w, w @ normal(3, 4, seed=1), torch.zeros(50, 1)], 1)
     g = gradients(12, 50)
-    one, other = spectrum.survival(w, g), spectrum.survival(more, g)
+    one, other = survival(w, g), survival(more, g)
     np.testing.assert_allclose(other.numpy(), one.numpy(), rtol=1e-10)
 
 
@@ -516,13 +506,13 @@ def test_all_survives_inside_the_columns_and_nothing_beside_them() -> None:
     w, g = normal(50, 8), gradients(12, 50)
     inside = g @ w @ w.T
     energy = inside.square().sum(1).numpy()
-    np.testing.assert_allclose(spectrum.survival(w, inside).numpy(), energy, rtol=1e-12)
+    np.testing.assert_allclose(survival(w, inside).numpy(), energy, rtol=1e-12)
     basis = torch.linalg.qr(w).Q
     beside = g - g @ basis @ basis.T
-    assert (spectrum.survival(w, beside) < 1e-28).all()
+    assert (survival(w, beside) < 1e-28).all()
 
 
 def test_a_head_wider_than_its_vocabulary_hands_back_all() -> None:
     g = gradients(12, 20)
     energy = g.square().sum(1).numpy()
-    np.testing.assert_allclose(spectrum.survival(normal(20, 30), g).numpy(), energy, rtol=1e-12)
+    np.testing.assert_allclose(survival(normal(20, 30), g).numpy(), energy, rtol=1e-12)
