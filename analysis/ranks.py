@@ -44,8 +44,8 @@ class Fitted:
     name: str
     heads: pl.DataFrame
     """One row for each head (family, rank) at its chosen learning rate, means over seeds: family,
-    head, rank, lr, edge, seeds, loss, stderr, accuracy, gap, low, high. Baselines too. edge: lr is
-    the lowest or highest tried. gap: to the head of rank d of its family, or else of the linear
+    head, d, rank, lr, edge, seeds, loss, stderr, accuracy, gap, low, high. Baselines too. edge: lr
+    is the lowest or highest tried. gap: to the head of rank d of its family, or else of the linear
     heads; with its interval."""
     unigram: float
     """Cross-entropy of the same text under word frequencies."""
@@ -199,6 +199,7 @@ class _Draws:
         edge = len(rates) > 1 and bool(best["lr"].is_in([rates[0], rates[-1]]).any())
         return {
             "head": best["head"][0],
+            "d": best["d"][0],
             "rank": best["rank"][0],
             "lr": lr,
             "edge": edge,

@@ -9,10 +9,11 @@ from typing import Any
 
 import polars as pl
 from rich.console import Console
+from rich.status import Status
 from rich.table import Table
 from rich.text import Text
 
-from analysis import ranks, tables
+from analysis import atomic, ranks, tables
 from analysis.ranks import TOLERANCE
 from orchestrator import ledger, tracking
 from orchestrator.plan import Plan
@@ -21,6 +22,13 @@ from orchestrator.plan import Plan
 def print_json(value: Any) -> None:
     """To stdout; NaN and infinity as null, which JSON lacks."""
     print(json.dumps(_finite(value), indent=1, allow_nan=False))
+
+
+def write_json(value: Any, path: Path) -> Path:
+    """The same to a file."""
+    text = json.dumps(_finite(value), indent=1, allow_nan=False)
+    atomic.write_text(path, text)
+    return path
 
 
 def _finite(value: Any) -> Any:
@@ -50,6 +58,11 @@ def print_table(headers: Sequence[str], rows: Iterable[Sequence[str]], title: st
     for row in rows:
         table.add_row(*map(Text, row))
     console.print(table)
+
+
+def busy(what: str) -> Status:
+    """Says so on a terminal while it lasts."""
+    return Console(stderr=True).status(what)
 
 
 def short(value: float | None, unit: str = "") -> str:
