@@ -25,6 +25,7 @@ KINDS = (
     ("rank", r"(effective|stable|spectral)_rank\w*|rankme|isoscore\w*|participation_ratio\w*"),
 )
 SPECTRAL = ("entropy", "cosine", "rank")
+POSITIVE = ("perplexity", "entropy", "rank")  # judged by their logarithms
 SEEN = "seen/loss"  # on text that training has seen
 HEAD = ("singular_entropy", "singular_entropy_functional")
 
@@ -74,8 +75,7 @@ class Curve:
         """Standard errors of `worse`."""
         if self.stderr is None:
             return None
-        logarithm = self.kind in ("perplexity", "entropy", "rank")
-        return self.stderr / self.values if logarithm else self.stderr
+        return self.stderr / self.values if self.kind in POSITIVE else self.stderr
 
 
 def kind(metric: str) -> str | None:
@@ -89,7 +89,7 @@ def of_table(
 ) -> list[Curve]:
     """The series of a table: one for each combination of its text columns (model, task, ...), and
     in a wide table for each column that is a metric by its name. `given` names columns: `step`,
-    `value`, `stderr`, `model`. `better` (lower, higher): of a metric that its name does not tell.
+    `value`, `stderr`. `better` (lower, higher): of a metric that its name does not tell.
     """
     frame = points.named(frame, ["step"], given)
     if frame["step"].dtype == pl.String:  # step1000
@@ -156,7 +156,7 @@ def _curve(
     array = values.to_numpy()
     if what == "accuracy" and array.max() > 1:  # in percent
         array = array / 100
-    if what in ("perplexity", "entropy", "rank") and array.min() <= 0:
+    if what in POSITIVE and array.min() <= 0:
         raise BadInput(f"{model} {metric}: must be above 0, is {array.min():g}")
     named = rows.select(pl.selectors.numeric()).columns
     facts = _facts(rows, {c: c for c in named if c not in ("step", column)})

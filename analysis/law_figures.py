@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import polars as pl
 
-from analysis import atomic
+from analysis import atomic, powerlaw
 from analysis.figures import STYLES
 from analysis.powerlaw import Draws, Fit
 
@@ -81,11 +81,9 @@ def _axis(fit: Fit, points: pl.DataFrame) -> str:
 def _curve(
     axes: "Axes", fit: Fit, draws: Draws, axis: str, line: pl.DataFrame, level: float
 ) -> None:
-    ends = line[axis].to_numpy()
-    x = {axis: np.geomspace(ends.min(), ends.max(), 60)}
+    x = {axis: np.geomspace(line[axis].min(), line[axis].max(), 60)}  # type: ignore[arg-type]
     x |= {v: np.full(60, line[v][0]) for v in fit.law.variables if v != axis}
-    tail = (1 - level) / 2
-    low, high = np.quantile(draws.predict(x), [tail, 1 - tail], axis=0)
+    low, high = powerlaw.ends(draws.predict(x), level)
     axes.fill_between(x[axis], low, high, color="0.9", linewidth=0, zorder=-1)
     axes.plot(x[axis], fit.predict(x), **PALE)
 

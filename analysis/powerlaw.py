@@ -186,11 +186,11 @@ def _arrays(law: Law, data: Data) -> Data:
 
 
 def _central(values: Array, level: float) -> tuple[float, float]:
-    low, high = _ends(values, level)
+    low, high = ends(values, level)
     return float(low), float(high)
 
 
-def _ends(values: Array, level: float) -> Array:
+def ends(values: Array, level: float) -> Array:
     """Of the central interval of draws (the first axis) that holds one more draw with chance
     `level`, however few they are; the default quantiles of 100 draws would give 93 % for 95 %."""
     return np.quantile(values, [(1 - level) / 2, (1 + level) / 2], axis=0, method="weibull")
@@ -290,7 +290,7 @@ def extrapolate(drawn: Draws, held_out: Data, level: float = 0.95, seed: int = 0
     rng = np.random.default_rng(seed)
     noise = drawn.scale[:, None] * rng.choice(drawn.noise, laws.shape)
     spread = held_out.loss / (laws * np.exp(noise) if found.log else laws + noise) - 1
-    low, high = _ends(spread, level)
+    low, high = ends(spread, level)
     deviation = held_out.loss / found.predict(held_out.x) - 1
     return Extrapolation(
         deviation, low, high, float(deviation.mean()), *_central(spread.mean(1), level)

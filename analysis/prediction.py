@@ -116,7 +116,7 @@ def predict(
         drawn,
         settings.level,
         _constants(found, drawn, settings.level),
-        _points(every, drawn, data, settings.level),
+        _points(every, drawn, settings.level),
         _means(rest, drawn, law, settings.level),
         _new(law, drawn, new, settings.level),
         _left_out(found),
@@ -176,13 +176,12 @@ def _constants(found: Fit, drawn: Draws, level: float) -> pl.DataFrame:
     return pl.DataFrame(rows, {**columns, **numbers}).select("name", *numbers, "fixed")
 
 
-def _points(every: pl.DataFrame, drawn: Draws, data: Data, level: float) -> pl.DataFrame:
+def _points(every: pl.DataFrame, drawn: Draws, level: float) -> pl.DataFrame:
     found, law = drawn.fit, drawn.fit.law
     x = {v: every[v].to_numpy() for v in law.variables}
     loss = every["loss"].to_numpy()
-    tail = (1 - level) / 2
     with np.errstate(divide="ignore"):  # a draw may have lost every term
-        low, high = np.quantile(loss / drawn.predict(x) - 1, [tail, 1 - tail], axis=0)
+        low, high = powerlaw.ends(loss / drawn.predict(x) - 1, level)
     off = loss / found.predict(x) - 1
     if len(held := np.flatnonzero(~every["fitted"].to_numpy())):
         rest = Data({v: some[held] for v, some in x.items()}, loss[held])
@@ -227,8 +226,7 @@ def _new(law: Law, drawn: Draws, new: Mapping[str, float] | None, level: float) 
             f"--predict: {law.name} needs {', '.join(law.variables)}, not {', '.join(new)}"
         )
     x = {v: np.array([value], float) for v, value in new.items()}
-    tail = (1 - level) / 2
-    low, high = np.quantile(drawn.predict(x)[:, 0], [tail, 1 - tail])
+    low, high = powerlaw.ends(drawn.predict(x)[:, 0], level)
     return pl.DataFrame([{**new, "law": float(drawn.fit.predict(x)[0]), "low": low, "high": high}])
 
 

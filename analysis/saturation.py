@@ -2,7 +2,8 @@
 
 Godey et al. 2024, section 3, compare the best checkpoint with the last, which is a worsening on
 every noisy series. Here the rise from the lowest running mean to the last one is set against
-what flat series with noise as autocorrelated give; flat, because an improving series gives less.
+what flat series with noise as autocorrelated give. Improving ones give less while rho is known;
+where it is hardly known (few checkpoints, rho of .8 and more) they give more: docs/onset.md.
 """
 
 from collections.abc import Sequence
@@ -127,7 +128,7 @@ def onset(
     around = measure(np.concatenate(series))
     given = around.rho.reshape(len(RHOS), DRAWS)
     likelihood = stats.norm.logpdf(found.rho[0], given.mean(1), given.std(1) + 0.02)
-    weights = posterior(likelihood) if rho is None else assumed(rho)
+    weights, slow = _weights(likelihood, rho)
 
     error = _text_error(rise, text, errors)
     nulls = np.concatenate([null(k).rises, null(k).slow])
@@ -138,7 +139,6 @@ def onset(
         bumps[-1] = stats.norm.sf(found.bump[0] / error[1])
     fell = y[0] - levels(y[None]).min() >= FALL * rise
     p = _p(ps, weights if fell or rho is not None else assumed(RHOS[-1]))
-    slow = rho is None and weights @ RHOS > SLOWEST
     rho = float(weights @ RHOS)
     if slow:
         p = float(ps[-2:].max())
@@ -179,8 +179,7 @@ def together(found: Sequence[Onset], level: float = 0.05, rho: float | None = No
     that of each series alone under the common rho; `holm` adjusts it."""
     if not found:
         return []
-    weights = posterior(np.sum([f.rhos for f in found], axis=0)) if rho is None else assumed(rho)
-    slow = rho is None and weights @ RHOS > SLOWEST
+    weights, slow = _weights(np.sum([f.rhos for f in found], axis=0), rho)
     rho = float(weights @ RHOS)
     ps = [float(f.ps[-2:].max()) if slow else _p(f.ps, weights) for f in found]
     new = []
@@ -303,6 +302,15 @@ def _averaged(
 
 def _part(array: Array | None, kept: npt.NDArray[np.bool_]) -> Array | None:
     return None if array is None else array[kept]
+
+
+def _weights(likelihood: Array, rho: float | None) -> tuple[Array, bool]:
+    """Probability of each of `RHOS`, by what series tell or as it is to be taken; and whether they
+    tell that noise is too slow."""
+    if rho is not None:
+        return assumed(rho), False
+    weights = posterior(likelihood)
+    return weights, bool(weights @ RHOS > SLOWEST)
 
 
 def _p(ps: Array, weights: Array) -> float:

@@ -154,6 +154,7 @@ def print_onsets(
     files: Sequence[Path],
 ) -> None:
     """A row a series; which came first in each model; what goes together over runs."""
+    sure = f"{100 * (1 - level):.4g} %"
     rows = [
         (
             f"{v.curve.model} {v.curve.metric}".strip(),
@@ -167,7 +168,7 @@ def print_onsets(
         for v in found
     ]
     print_table(
-        ("series", "", "best at", "best", "final", "rise", "95 %", "p", "onset", "95 %"),
+        ("series", "", "best at", "best", "final", "rise", sure, "p", "onset", sure),
         rows,
         title="Rises above the best: nats, ln perplexity, share of errors, ln S or cosine; p is\n"
         f"adjusted for all. worsens: p under {level:g}; no saturation: surely under {margin:g}",

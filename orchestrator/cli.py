@@ -261,13 +261,13 @@ def probe(
 def figures(name: str, out: Path, paper: bool) -> None:
     """Draw Figures 2 to 5 of the paper from the records of SWEEP, or of what was probed."""
     from analysis import trajectories
+    from orchestrator import sources
 
-    for directory in (out / name, Path(name)):
-        if (directory / "records").is_dir():
-            for file in trajectories.draw(directory, paper):
-                click.echo(str(file))
-            return
-    raise BadInput(f"{name}: no records of that name in {out}, and no such directory")
+    directory = sources.directory(name, out)
+    if directory is None:
+        raise BadInput(f"{name}: no records of that name in {out}, and no such directory")
+    for file in trajectories.draw(directory, paper):
+        click.echo(str(file))
 
 
 @main.command(

@@ -17,6 +17,7 @@ from trainables import schedule
 
 # Of a trial's columns those that its name already tells, or that are alike in all.
 UNUSED = ("trial", "search", "series", "size", "kind", "init", "status")
+LEVEL = 0.95  # of a law's interval
 
 
 def directory(name: str, out: Path) -> Path | None:
@@ -79,7 +80,7 @@ def laws(path: Path, series: list[Curve]) -> dict[str, tuple[float, float, float
         if set(law.variables) <= set(one.facts):
             x = {v: np.array([one.facts[v]]) for v in law.variables}
             drawn = {k: np.array(c)[:, None] for k, c in draws.items()}
-            low, high = np.quantile(powerlaw.predict(law, drawn, x), [0.025, 0.975])
+            low, high = powerlaw.ends(powerlaw.predict(law, drawn, x).ravel(), LEVEL)
             found[one.model] = (float(powerlaw.predict(law, constants, x)[0]), low, high)
     if not found:
         raise BadInput(f"--law: {law.name} needs {', '.join(law.variables)} of every series")
