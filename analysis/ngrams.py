@@ -5,6 +5,8 @@ context of n - 1 tokens. Text is counted block by block, by sorting n-grams pack
 words; the sorted blocks are then merged, from memory or from disk.
 """
 
+import json
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -93,6 +95,25 @@ def count(
     if not runs:
         raise BadInput(f"corpus: no chunk of it has {n} tokens; give longer text, or smaller n")
     return merge([run for _, run in runs], memory)
+
+
+def save(counts: Counts, folder: Path) -> None:
+    """Keep counts in a folder, for `load`; all of them or nothing. Raises BadInput where its disk
+    does not take them."""
+    try:
+        folder.mkdir(parents=True)
+        for name in _ARRAYS:
+            np.save(folder / f"{name}.npy", getattr(counts, name))
+        (folder / "counts.json").write_text(json.dumps([counts.n, counts.vocabulary]))
+    except OSError as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise _unwritten(folder.parent, error) from None
+
+
+def load(folder: Path) -> Counts:
+    """What was saved there, mapped from disk."""
+    n, vocabulary = json.loads((folder / "counts.json").read_text())
+    return Counts(n, vocabulary, *(np.load(folder / f"{a}.npy", mmap_mode="r") for a in _ARRAYS))
 
 
 def merge(parts: Sequence[Counts], memory: int = MEMORY) -> Counts:
@@ -319,7 +340,10 @@ def _spilled(run: Counts, folder: Path) -> Counts:
     try:
         arrays = {name: mapped(getattr(run, name)) for name in _ARRAYS}
     except OSError as error:
-        raise BadInput(
-            f"spill: {folder}: {error.strerror}; give another folder, with more room, or none"
-        ) from None
+        raise _unwritten(folder, error) from None
     return replace(run, **arrays)
+
+
+def _unwritten(folder: Path, error: OSError) -> BadInput:
+    reason = error.strerror or "it takes no more"  # numpy has words of its own
+    return BadInput(f"spill: {folder}: {reason}; give another folder, with more room")

@@ -141,7 +141,8 @@ def _backbone(name: str, done: pl.DataFrame, blocks: pl.DataFrame, tolerance: fl
                 order, np.stack([gaps[r] for r in order], axis=1), tolerance
             )
     unigram = float(done["unigram_loss"].drop_nulls()[0])
-    table = pl.DataFrame(rows, infer_schema_length=None)
+    numbers = dict.fromkeys(("lr", "gap", "low", "high"), pl.Float64)  # where all are None too
+    table = pl.DataFrame(rows, schema_overrides=numbers, infer_schema_length=None)
     return Fitted(name, table, unigram, required)
 
 

@@ -29,6 +29,24 @@ TABLES: dict[str, dict[str, type[pl.DataType]]] = {
     },
     "blocks": {**_KEY, "split": pl.String, "block": pl.Int32, "loss": pl.Float64},  # nats per token
     "spectra": {**_KEY, "matrix": pl.String, "index": pl.Int32, "sigma": pl.Float64},
+    "w_errors": {**_KEY, "d": pl.Int32, "w_error": pl.Float64, "exact": pl.Boolean},
+    "softmax": {
+        **_KEY,
+        "rank": pl.Int32,  # 0 of the unigram model; null of smoothed counts, which no rank binds
+        "ridge": pl.Float64,
+        "train": pl.Float64,  # nats per token
+        "loss": pl.Float64,  # held out
+        "stderr": pl.Float64,
+    },
+    "required": {
+        **_KEY,
+        "tolerance": pl.Float64,  # nats per token
+        "rank": pl.Int32,
+        "low": pl.Int32,
+        "high": pl.Int32,
+        "at_least": pl.Int32,  # a rank of this is this or less
+        "at_most": pl.Int32,  # above it: more than this
+    },
     "trials": {
         "trial": pl.String,
         "name": pl.String,
@@ -44,9 +62,13 @@ TABLES: dict[str, dict[str, type[pl.DataType]]] = {
         "params": pl.Int64,
         "params_without_embeddings": pl.Int64,  # neither input embedding nor head
         "lr": pl.Float64,
-        "tokens": pl.Int64,  # to be trained on
+        "tokens": pl.Int64,  # to be trained on, or measured
         "tokens_per_param": pl.Float64,
         "epochs": pl.Float64,
+        "corpus": pl.String,  # this and what follows of `dimension` alone
+        "tokenizer": pl.String,
+        "n": pl.Int32,
+        "estimate": pl.String,
         "status": pl.String,  # running, done, diverged, failed
         "step": pl.Int64,
     },
@@ -55,6 +77,9 @@ KEYS = {
     "scalars": ["trial", "step", "split", "metric", "layer"],
     "blocks": ["trial", "step", "split", "block"],
     "spectra": ["trial", "step", "matrix", "index"],
+    "w_errors": ["trial", "step", "d"],
+    "softmax": ["trial", "step", "rank"],
+    "required": ["trial", "step", "tolerance"],
     "trials": ["trial"],
 }
 

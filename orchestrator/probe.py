@@ -15,14 +15,14 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import polars as pl
 import torch
 import yaml
 from pydantic import ValidationError
 
-from analysis import atomic, records, trajectories
+from analysis import atomic, trajectories
 from analysis.errors import BadInput
-from orchestrator import ledger, plan, schema, series, sweep, tracking
+from orchestrator import ledger, measuring, plan, schema, series, tracking
+from orchestrator.measuring import Measuring
 from orchestrator.progress import Bar
 from orchestrator.series import Series
 from trainables import backbones, corpus, frozen, survey, tasks
@@ -111,9 +111,8 @@ def run(
     Raises BadInput before anything is written where the models or settings cannot be used.
     """
     directory = directory.resolve()
+    measuring.check_place(directory)
     uri = tracking.resolve(tracking_uri, directory.parent)
-    if (directory / "plan.json").exists():
-        raise BadInput(f"--name: {directory} holds a sweep; give another name")
     cores, count = plan.cores(), sum(len(one.sources) for one in found)
     if wanted.cpus > cores:
         raise BadInput(f"--cpus: {wanted.cpus} wanted, this machine has {cores}")
@@ -123,7 +122,7 @@ def run(
     if wanted.tasks:
         tasks.check(wanted.tasks)
     shared = [_shared(one, wanted, cache, bar) for one in found]
-    _check_same(directory, shared)
+    measuring.check_same(directory, {s["name"]: s for s in shared}, HARDWARE)
     ledger.make(directory, directory)
     with ledger.driving(directory):
         atomic.write_text(directory / "probe.json", json.dumps(dataclasses.asdict(wanted)))
@@ -131,11 +130,20 @@ def run(
         tracker = tracking.Tracker(uri, directory, directory.name)
         note = f"Checkpoints of {len(found)} models, measured; records in `{directory}`"
         tracker.describe(note, "")
-        probing = _Probing(directory, tracker, bar)
+        probing = Measuring(directory, tracker, bar)
         try:
+            items = []
             for one, settings in zip(found, shared, strict=True):
-                probing.add(one, {**settings, "cpus": cpus, "gpus": wanted.gpus})
-            probing.go(cache, cpus, wanted.gpus, wanted.delete)
+                items += _left(one, {**settings, "cpus": cpus, "gpus": wanted.gpus}, probing)
+            for i, item in enumerate(items):
+                apart = wanted.delete and item["source"].get("model")
+                item["download"] = str(directory / "downloads" / str(i)) if apart else None
+            bar.started(probing.steps, probing.steps - len(items))
+            work = functools.partial(survey.measure, directory=directory, cache=cache.resolve())
+            # What others are compared with comes first, by itself.
+            for first in (True, False):
+                some = [item for item in items if (item["cka"] == "reference") == first]
+                probing.go(work, survey.ahead, survey.drop, some, cpus, wanted.gpus)
         finally:
             probing.finish()
             shutil.rmtree(directory / "downloads", ignore_errors=True)
@@ -143,6 +151,22 @@ def run(
                 tracker.artifact(figure)
             tracker.close(finished=probing.whole)
     return probing.failed
+
+
+def _left(one: Series, settings: dict[str, Any], probing: Measuring) -> list[dict[str, Any]]:
+    """What survey.measure is to be given for each checkpoint that has not been measured."""
+    last = max(one.sources)
+    marks = {at: series.fingerprint(source) for at, source in one.sources.items()}
+    if settings["cka"]:
+        marks = {at: f"{mark} to {last}: {marks[last]}" for at, mark in marks.items()}
+    shown = {k: v for k, v in settings.items() if k not in HARDWARE} | {"model": one.identity}
+    items = []
+    for at in probing.add(one.name, settings, marks, shown):
+        cka = ("reference" if at == last else "compare") if settings["cka"] else None
+        if cka == "reference":
+            survey.reference(probing.directory, settings["trial"]).unlink(missing_ok=True)
+        items.append({**settings, "step": at, "source": one.sources[at], "cka": cka})
+    return items
 
 
 def _shared(one: Series, wanted: Wanted, cache: Path, bar: Bar) -> dict[str, Any]:
@@ -168,11 +192,11 @@ def _shared(one: Series, wanted: Wanted, cache: Path, bar: Bar) -> dict[str, Any
         "step_tokens": None,
     }
     if not one.bare:
-        settings |= _text(one, wanted)
+        settings |= text(one, wanted.corpus, wanted.tokenizer, wanted.sequence)
         source, tokenizer = settings["corpus"], settings["tokenizer"]
-        text = corpus.prepare(source, tokenizer, settings["text"], cache, bar.preparing)
+        shards = corpus.prepare(source, tokenizer, settings["text"], cache, bar.preparing)
     if not head_only:
-        settings["tokens"] = _tokens(wanted.tokens, settings["sequence"], text)
+        settings["tokens"] = tokens(wanted.tokens, TOKENS, settings["sequence"], shards)
         if (deepest := max(wanted.layers, default=0)) >= (depth := _depth(one)):
             raise BadInput(f"--layers: {one.name} has 0 to {depth - 1} and last, but no {deepest}")
     alike = ("corpus", "tokenizer")  # `text` says what these come to
@@ -181,14 +205,15 @@ def _shared(one: Series, wanted: Wanted, cache: Path, bar: Bar) -> dict[str, Any
     return {**settings, "trial": digest, "name": one.name, "batch": wanted.batch}
 
 
-def _tokens(wanted: int | None, sequence: int, text: corpus.Corpus) -> int:
+def tokens(wanted: int | None, usual: int, sequence: int, text: corpus.Corpus) -> int:
+    """How many held-out tokens to measure on; raises BadInput where there are not as many."""
     most = corpus.blocks(text.shard("held_out"), sequence) * sequence
     if most < 3 * sequence:
         raise BadInput(
             f"--corpus: its held-out part has {text.tokens['held_out']} tokens, fewer than three "
             f"sequences of {sequence}"
         )
-    found = min(TOKENS, most) if wanted is None else wanted
+    found = min(usual, most) if wanted is None else wanted
     if not 3 * sequence <= found <= most:
         raise BadInput(
             f"--tokens: {found} wanted, at least three sequences of {sequence} are needed and "
@@ -197,20 +222,22 @@ def _tokens(wanted: int | None, sequence: int, text: corpus.Corpus) -> int:
     return found
 
 
-def _text(one: Series, wanted: Wanted) -> dict[str, Any]:
+def text(
+    one: Series, source: dict[str, Any] | None, tokenizer: str | None, sequence: int | None
+) -> dict[str, Any]:
+    """The text to measure a series on, as survey.measure takes it: what is None is the series'
+    own. Raises BadInput where a sequence is too long, or no tokenizer known."""
     trial, most = one.trial, _positions(one)
-    if wanted.sequence and most and wanted.sequence > most and not trial:
-        raise BadInput(
-            f"--sequence: {wanted.sequence} is more than the {most} positions of {one.name}"
-        )
-    if trial and wanted.corpus is None and wanted.tokenizer is None:
-        sequence = wanted.sequence or trial["train"]["sequence"]
+    if sequence and most and sequence > most and not trial:
+        raise BadInput(f"--sequence: {sequence} is more than the {most} positions of {one.name}")
+    if trial and source is None and tokenizer is None:
+        sequence = sequence or trial["train"]["sequence"]
         source, tokenizer, text = trial["corpus"], trial["tokenizer"], trial["text"]
     else:
-        source = wanted.corpus or CORPUS
-        tokenizer = wanted.tokenizer or series.tokenizer(one)
+        source = source or CORPUS
+        tokenizer = tokenizer or series.tokenizer(one)
         text = _identity(json.dumps([source, tokenizer]))
-        sequence = wanted.sequence or min(SEQUENCE, most or SEQUENCE)
+        sequence = sequence or min(SEQUENCE, most or SEQUENCE)
     t = trial["train"] if trial else None
     return {
         "corpus": source,
@@ -238,115 +265,3 @@ def _depth(one: Series) -> int:
         config = backbones.configuration(one.trial["model"], 1, 1)
         return int(config.get_text_config().num_hidden_layers)
     return one.ask(lambda source: frozen.shape(source["model"], 1).layers)
-
-
-def _check_same(directory: Path, shared: list[dict[str, Any]]) -> None:
-    """Series are told apart by name: two measurements under one would be taken for one."""
-    if not (directory / "ledger").is_dir():
-        return
-    for entry in ledger.read(directory).values():
-        for settings in shared:
-            if entry["name"] != settings["name"] or entry["id"] == settings["trial"]:
-                continue
-            was, now = (dict(tracking.flat(s)) for s in (entry["settings"], settings))
-            changes = [
-                f"{key} was {was.get(key)}, is {now.get(key)}"
-                for key in was | now
-                if was.get(key) != now.get(key) and key not in ("trial", *HARDWARE)
-            ]
-            what = "; ".join(changes) or "it is another model of that name"
-            raise BadInput(
-                f"{directory} holds another measurement of {entry['name']} ({what}); give this "
-                "one a new --name"
-            )
-
-
-class _Probing:
-    """The series of a directory, and what is left to do."""
-
-    def __init__(self, directory: Path, tracker: tracking.Tracker, bar: Bar) -> None:
-        self.directory, self.tracker, self.bar = directory, tracker, bar
-        self.entries: dict[str, dict[str, Any]] = {}
-        self.items: list[dict[str, Any]] = []
-        self.failed: dict[str, str] = {}
-
-    def add(self, one: Series, settings: dict[str, Any]) -> None:
-        """Take up what is known of a series; its unmeasured checkpoints are to be done."""
-        id, known = settings["trial"], ledger.read(self.directory)
-        entry = {"checkpoints": {}, **known.get(id, {}), "run": self.tracker.children().get(id)}
-        entry |= {"id": id, "name": one.name, "status": "running", "settings": settings, "step": 0}
-        whole = records.segments(self.directory, "trials", id)
-        last = max(one.sources)
-        marks = {at: series.fingerprint(source) for at, source in one.sources.items()}
-        if settings["cka"]:
-            marks = {at: f"{mark} to {last}: {marks[last]}" for at, mark in marks.items()}
-        kept = {int(at): k["fingerprint"] for at, k in entry["checkpoints"].items()}
-        if stale := [at for at, mark in marks.items() if at in whole and kept.get(at) != mark]:
-            if entry["run"]:
-                self.tracker.discard(entry["run"])
-            entry["run"], whole = None, whole - {*stale}
-        if not entry["run"]:
-            shown = {k: v for k, v in settings.items() if k not in HARDWARE}
-            trial = {**shown, "id": id, "model": one.identity}
-            entry["run"] = self.tracker.child(trial, {"checkpoints": len(one.sources)})
-        self.tracker.restart(entry["run"])
-        self._log(id, entry["run"], whole)
-        for at, mark in sorted(marks.items()):
-            status = "done" if at in whole else "waiting"
-            entry["checkpoints"][str(at)] = {"fingerprint": mark, "status": status}
-            cka = ("reference" if at == last else "compare") if settings["cka"] else None
-            if status == "done":
-                continue
-            records.drop(self.directory, id, at)
-            if cka == "reference":
-                survey.reference(self.directory, id).unlink(missing_ok=True)
-            self.items.append({**settings, "step": at, "source": one.sources[at], "cka": cka})
-        self.entries[id] = ledger.write(self.directory, entry)
-
-    def go(self, cache: Path, cpus: int, gpus: float, delete: bool) -> None:
-        for i, item in enumerate(self.items):
-            apart = delete and item["source"].get("model")
-            item["download"] = str(self.directory / "downloads" / str(i)) if apart else None
-        total = sum(len(e["checkpoints"]) for e in self.entries.values())
-        self.bar.started(total, total - len(self.items))
-        # What others are compared with comes first, by itself.
-        first = [item for item in self.items if item["cka"] == "reference"]
-        rest = [item for item in self.items if item["cka"] != "reference"]
-        work = functools.partial(survey.measure, directory=self.directory, cache=cache.resolve())
-        for items in (first, rest):
-            for index, error in sweep.fan_out(work, survey.ahead, items, cpus, gpus, self.bar):
-                survey.drop(items[index])
-                self._ended(items[index], error)
-
-    def _ended(self, item: dict[str, Any], error: str | None) -> None:
-        id, at = item["trial"], item["step"]
-        entry = self.entries[id]
-        kept = entry["checkpoints"][str(at)]
-        kept |= {"status": "failed" if error else "done", "error": error}
-        if error:
-            records.drop(self.directory, id, at)
-            self.failed[f"{entry['name']} step {at}"] = error
-        else:
-            self._log(id, entry["run"], {at})
-        self.entries[id] = ledger.write(self.directory, entry)
-        self.bar.ended(f"{entry['name']} step {at}", error)
-
-    def _log(self, id: str, run: str, steps: set[int]) -> None:
-        """Bring MLflow up to the records of these steps."""
-        rows = records.scan(self.directory, "scalars", id).filter(pl.col("step").is_in(steps))
-        self.tracker.log(run, rows.collect().iter_rows(named=True))
-
-    @property
-    def whole(self) -> bool:
-        """Whether all of it has been measured."""
-        return {entry["status"] for entry in self.entries.values()} == {"done"}
-
-    def finish(self) -> None:
-        """Say how it ended, or that it was stopped."""
-        for id, entry in self.entries.items():
-            found = {kept["status"] for kept in entry["checkpoints"].values()}
-            ends = (("waiting", "stopped"), ("failed", "failed"))
-            status = next((end for kind, end in ends if kind in found), "done")
-            self.tracker.tag(entry["run"], {"status": status})
-            self.tracker.finish(entry["run"], status)
-            self.entries[id] = ledger.write(self.directory, {**entry, "status": status})

@@ -46,11 +46,11 @@ class Bar:
         if not self.console.is_terminal and not count:
             self.console.print(f"{line} ...", soft_wrap=True)
 
-    def started(self, total: int, done: int) -> None:
+    def started(self, total: int, done: int, what: str = "checkpoints") -> None:
         self.count, self.total = done, total
         self.bar.update(self.task, total=total, completed=done, description="measuring")
         if done:
-            self.console.print(f"{done} of {total} checkpoints are measured already")
+            self.console.print(f"{done} of {total} {what} are measured already")
 
     def ended(self, what: str, error: str | None) -> None:
         self.count += 1
@@ -58,7 +58,7 @@ class Bar:
         if error:
             self.console.print(f"{what} failed: {error}", soft_wrap=True)
         elif not self.console.is_terminal and time.monotonic() - self.said > EVERY:
-            self.console.print(f"{self.count} of {self.total} measured", soft_wrap=True)
+            self.console.print(f"{self.count} of {self.total} done", soft_wrap=True)
             self.said = time.monotonic()
 
 

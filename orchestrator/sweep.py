@@ -20,7 +20,7 @@ import ray
 import yaml
 from ray import tune
 
-from analysis import atomic, figures, ranks, tables, trajectories
+from analysis import atomic, bound_figures, figures, ranks, tables, trajectories
 from analysis.errors import BadInput
 from orchestrator import ledger, plan, search, tracking
 from orchestrator.driver import Driver, Preparing, Watcher
@@ -135,6 +135,10 @@ def _show(sweep: Path, tracker: tracking.Tracker) -> None:
     for backbone in ranks.fitted(sweep):
         path = sweep / "report" / f"ranks_{backbone.name}.png"
         tracker.artifact(figures.ranks(backbone, path))
+        points = bound_figures.w_errors(sweep, backbone)
+        if points.height:
+            path = sweep / "report" / f"werror_{backbone.name}.png"
+            tracker.artifact(bound_figures.w_error(backbone, points, path))
 
 
 def _tune(driver: Driver, cache: Path) -> None:
@@ -155,7 +159,7 @@ def _tune(driver: Driver, cache: Path) -> None:
         wanted = trials[config["pack"][0]]["resources"]
         return tune.PlacementGroupFactory([{"CPU": wanted["cpus"], "GPU": wanted["gpus"]}])
 
-    with _ray(driver.watcher) as neutral, _stop_on_signal(stop_file, driver.watcher):
+    with on_ray(driver.watcher) as neutral, _stop_on_signal(stop_file, driver.watcher):
         tune.Tuner(
             tune.with_resources(_work, resources),
             param_space={
@@ -180,7 +184,7 @@ def _tune(driver: Driver, cache: Path) -> None:
 
 
 @contextlib.contextmanager
-def _ray(watcher: Preparing) -> Iterator[str]:
+def on_ray(watcher: Preparing) -> Iterator[str]:
     """Ray, started here where it is not running yet; within, the current directory is a neutral
     one of its own: Ray puts the driver's first on its workers' path, and a user's own folder named
     `analysis` there would be taken for ours."""
@@ -221,7 +225,7 @@ def fan_out(
     """
     if not items:
         return
-    with _ray(watcher), _asked_to_stop() as asked:
+    with on_ray(watcher), _asked_to_stop() as asked:
         have = ray.cluster_resources()
         room = min(have.get("CPU", 1) / cpus, have.get("GPU", 0) / gpus if gpus else len(items))
         hire = ray.remote(num_cpus=cpus, num_gpus=gpus)(_Worker).remote

@@ -239,10 +239,10 @@ def _print_ranks(backbones: list[ranks.Fitted]) -> None:
             print("* the best learning rate is the lowest or highest tried")
         print(f"unigram cross-entropy of the same text: {b.unigram:.3f}")
         for family, r in b.required.items():
-            print(f"required rank, {family} heads, gap under {r.tolerance:g}: {_required(r)}")
+            print(f"required rank, {family} heads, gap under {r.tolerance:g}: {required(r)}")
 
 
-def _required(r: ranks.Required) -> str:
+def required(r: ranks.Required) -> str:
     def end(rank: int) -> str:
         if rank <= r.at_least:
             return f"{r.at_least} or less"
@@ -261,7 +261,7 @@ def print_next(sweep: Path, out: Path, tracking_uri: str | None) -> None:
     if (sweep / "grid.yaml").exists():
         more = [f"status {sweep.name}{option}", f"plan --grid {sweep / 'grid.yaml'}"]
     else:
-        more = [f"figures {sweep.name}{option} --paper"]
+        more = [f"figures {sweep.name}{option} --paper"] if (sweep / "probe.json").exists() else []
     lines = "".join(f"\n          lmsat {command}" for command in more)
     print(
         f"""{drawn}

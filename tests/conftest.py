@@ -1,10 +1,13 @@
 """What tests share: real text cut small, and one trial of it."""
 
+import gc
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +30,12 @@ head: {rank: [2, full]}
 train: {tokens: 24_576, batch: 8, sequence: 64}
 probes: {count: 4, tokens: 1024, final_tokens: 4096}
 """
+
+
+def pytest_collection_finish() -> None:
+    """What is loaded by now stays: garbage is collected after every trial, and not looked for
+    there."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
@@ -83,6 +92,25 @@ def train_apart(
         env=env,
     )
     assert done.returncode == 0, done.stderr
+
+
+LOADED = (
+    "trainables.pretrain",
+    "trainables.rankfit",
+    "transformers.models.gpt_neox.modeling_gpt_neox",
+    "deepspeed",
+)
+
+
+def two_workers(work: Callable[..., None], *args: Any) -> None:
+    """`work(rank, store, *args)` in two processes at once, forked off one that has loaded what a
+    worker needs; `store` is a file where they meet."""
+    multiprocessing.set_forkserver_preload([*LOADED])
+    with tempfile.TemporaryDirectory() as folder:
+        store = Path(folder) / "store"
+        torch.multiprocessing.start_processes(
+            work, (store, *args), nprocs=2, start_method="forkserver"
+        )
 
 
 def head_section(kind: str, rank: int | None = None, **fields: Any) -> dict[str, Any]:

@@ -53,7 +53,10 @@ def test_help_loads_nothing_heavy() -> None:
     assert "loaded []" in out.stdout
 
 
-def test_workers_load_deepspeed_and_drivers_do_not() -> None:
-    code = "import sys, orchestrator.sweep; print('deepspeed' in sys.modules)"
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert out.stdout.strip() == "False"
+def test_workers_load_deepspeed_and_no_mlflow_drivers_neither() -> None:
+    """A driver loads MLflow when it opens a store, later than this."""
+    codes = ("import orchestrator.sweep", "from trainables import engine; engine.join(1, False)")
+    for code, wanted in zip(codes, ("[]", "['deepspeed']"), strict=True):
+        code += "; import sys; print('loaded', sorted({'deepspeed', 'mlflow'} & {*sys.modules}))"
+        out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert f"loaded {wanted}" in out.stdout, out.stderr

@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -25,7 +26,8 @@ from trainables.text import Document
 
 FORMAT = 1  # of the shards: a change makes every cache new
 END = "<|endoftext|>"  # follows each document
-_ENDS = (END, "</s>", "<|end_of_text|>", "<eos>")  # what tokenizers at large call it
+ENDS = (END, "</s>", "<|end_of_text|>", "<eos>")  # what tokenizers at large call it
+LOST = 0.05  # share of the characters that a tokenizer may lose
 
 Progress = Callable[[str, int], None]  # (what is being done, documents so far)
 
@@ -192,7 +194,7 @@ def _make(source: dict[str, Any], name: int | str, directory: Path, progress: Pr
         tokenizer = load_tokenizer(name)
         tokenizer.no_truncation()
         tokenizer.no_padding()
-    ends = (tokenizer.token_to_id(end) for end in _ENDS)
+    ends = (tokenizer.token_to_id(end) for end in ENDS)
     end = next((id for id in ends if id is not None), None)
     tokenizer.save(str(directory / "tokenizer.json"))
     vocabulary = tokenizer.get_vocab_size()
@@ -201,6 +203,8 @@ def _make(source: dict[str, Any], name: int | str, directory: Path, progress: Pr
     done = 0
     documents = text.read(source)
     while some := list(islice(documents, 64)):
+        if not done:
+            _check_expressed([d.text for d in some], tokenizer)
         encoded = tokenizer.encode_batch_fast([d.text for d in some], add_special_tokens=False)
         for document, encoding in zip(some, encoded, strict=True):
             part = "held_out" if held_out(document) else "train"
@@ -225,6 +229,26 @@ def _nothing(part: str) -> BadInput:
         f"corpus: no text for its {part} part; give more documents (one a file, or one a line of "
         "JSONL), or change held_out"
     )
+
+
+def _check_expressed(texts: list[str], tokenizer: Any) -> None:
+    """Raises BadInput where the tokenizer drops many of the characters, or calls them unknown."""
+    unknown = {tokenizer.token_to_id(name) for name in ("<unk>", "[UNK]", "<|unk|>")} - {None}
+    counts = Counter(c for one in texts for c in one if not c.isspace())
+    encoded = tokenizer.encode_batch_fast([*counts], add_special_tokens=False)
+    lost = Counter(
+        {
+            c: counts[c]
+            for c, encoding in zip(counts, encoded, strict=True)
+            if not encoding.ids or unknown & {*encoding.ids}
+        }
+    )
+    if (share := lost.total() / counts.total()) > LOST:
+        worst = " ".join(c for c, _ in lost.most_common(8))
+        raise BadInput(
+            f"tokenizer: it has no tokens for {100 * share:.0f} % of the text ({worst}); give one "
+            "that was trained on such text, or a byte-level one"
+        )
 
 
 def _split(source: dict[str, Any], progress: Progress) -> Callable[[Document], bool]:

@@ -5,6 +5,7 @@ import ctypes
 import gc
 import logging
 import os
+import sys
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -32,8 +33,12 @@ def join(threads: int, gpu: bool) -> None:
         backend = "nccl" if gpu else "gloo"
         dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # Its autotuner, unused here, would load MLflow: more than all the rest of it.
+    hidden = sys.modules.setdefault("mlflow", None) is None  # type: ignore[arg-type]
     import deepspeed
 
+    if hidden:
+        del sys.modules["mlflow"]
     # It would ask which of its extensions can be compiled here, by compiling, and then compile its
     # shared-memory collectives. A machine may have no compiler: it is told that none can.
     deepspeed.ops.__compatible_ops__ = {}
@@ -82,10 +87,11 @@ def start(
     return engine
 
 
-def stop(engine: Any) -> None:
-    """Free the engine, so that the process can serve the next trial."""
-    engine.destroy()
-    gc.collect()
+def stop(*engines: Any) -> None:
+    """Free the engines, so that the process can serve the next trial."""
+    for engine in engines:
+        engine.destroy()
+    gc.collect()  # through all that is loaded: a quarter of a second
     # Each trial runs in a thread of its own, whose freed memory glibc would keep: 60 MB a trial.
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)

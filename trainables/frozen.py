@@ -227,6 +227,7 @@ def load(model: dict[str, Any], precision: str, device: torch.device) -> Frozen:
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()  # what is missing is judged here, below
     name, options = _source(model)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     if not model["gguf_file"]:

@@ -78,8 +78,7 @@ def fit(
     try:
         return pack.go(trials, should_stop)
     finally:
-        for head in pack.heads:
-            engine.stop(head.run)
+        engine.stop(*(head.run for head in pack.heads))
 
 
 class _Pack:

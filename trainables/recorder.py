@@ -29,7 +29,9 @@ class Recorder:
         self.sweep, self.trial, self.steps, self.step_tokens = sweep, trial, steps, step_tokens
         self.send, self.writes = report, writes
         self.sent = 0.0
-        self.rows: dict[str, list[dict[str, Any]]] = {"scalars": [], "blocks": [], "spectra": []}
+        self.rows: dict[str, list[dict[str, Any]]] = {
+            table: [] for table in records.TABLES if table != "trials"
+        }
         self.reported = 0
 
     def scalar(

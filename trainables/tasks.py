@@ -172,13 +172,13 @@ def _tokenizer(file: Path, config: Any) -> Any:
 
     # The configurations of a sweep's own models name none; others may name the tokens of another
     # tokenizer, but not likely special ones.
-    ends = (end for end in corpus._ENDS if own.token_to_id(end) is not None)
+    ends = (end for end in corpus.ENDS if own.token_to_id(end) is not None)
     end = named("eos") or next(ends, None)
     begin = named("bos") or end
     if begin is None:
         raise BadInput(
             f"tasks: {file} has no token to begin a text with, which lm_eval asks for; it knows "
-            + ", ".join(corpus._ENDS)
+            + ", ".join(corpus.ENDS)
         )
     return PreTrainedTokenizerFast(
         tokenizer_object=own, bos_token=begin, eos_token=end or begin, pad_token=end or begin

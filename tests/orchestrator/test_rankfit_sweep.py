@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import polars as pl
+import psutil
 import pytest
 import yaml
 from mlflow import MlflowClient
@@ -16,6 +17,7 @@ from orchestrator import grid, ledger, plan, tracking
 from tests.orchestrator.test_sweep import (
     assert_same,
     command,
+    here,
     measured,
     running,
     saved,
@@ -119,7 +121,7 @@ def test_what_is_shown_is_what_the_records_hold(swept: Path) -> None:
     (backbone,) = again["backbones"]
     assert backbone["required_rank"]["linear"]["tolerance"] == 0.02
     assert [h["loss"] for h in backbone["heads"]] == found.heads["loss"].to_list()
-    wide = json.loads(command("ranks", "tiny", "--tolerance", "9", "--json", cwd=swept).stdout)
+    wide = json.loads(here(swept, "ranks", "tiny", "--tolerance", "9", "--json").stdout)
     assert wide["backbones"][0]["required_rank"]["linear"]["rank"] == 2
 
 
@@ -132,7 +134,7 @@ def test_every_head_has_a_run_of_its_own(swept: Path) -> None:
     assert set(children) == set(ledger.read(sweep)) and len(runs) == len(children) + 1
     (parent,) = (r for r in runs if "lmsat.trial" not in r.data.tags)
     drawn = [a.path for a in client.list_artifacts(parent.info.run_id)]
-    assert len(drawn) == 1 and drawn[0].startswith("ranks_")
+    assert [name.split("_")[0] for name in sorted(drawn)] == ["ranks", "werror"]
     held_out = records.scan(sweep, "scalars").filter(
         (pl.col("metric") == "loss") & (pl.col("split") == "held_out")
     )
@@ -145,8 +147,8 @@ def test_every_head_has_a_run_of_its_own(swept: Path) -> None:
 
 def test_the_same_grid_again_trains_nothing(swept: Path) -> None:
     before = measured(swept / "runs" / "tiny")
-    done = command("sweep", "--grid", "tiny.yaml", cwd=swept)
-    assert done.returncode == 0 and "starting Ray" not in done.stderr
+    done = here(swept, "sweep", "--grid", "tiny.yaml")
+    assert done.exit_code == 0 and "starting Ray" not in done.stderr
     assert done.stdout == (swept / "stdout").read_text()
     after = measured(swept / "runs" / "tiny")
     assert all(before[t].equals(after[t]) for t in before)
@@ -161,18 +163,24 @@ def test_a_killed_worker_and_a_killed_driver_lose_nothing(
     rankfit.fit(trials, tmp_path / "whole", cache)
     sweep = tmp_path / "runs" / "tiny"
     fitted = sum(t["head"]["kind"] not in heads.BASELINES for t in trials)
-    with running(tmp_path) as driver:
+    with running(tmp_path) as driver:  # its runs in the file that is there by default
         victim = wait_for(lambda: saved(sweep) >= fitted and workers(driver))[0]
         victim.kill()
         victim.wait()
         wait_for(lambda: [p for p in workers(driver) if p.pid != victim.pid])
         wait_for(lambda: saved(sweep) >= fitted)
+        orphans = workers(driver)
         driver.kill()
         driver.wait()
-    assert any(e["status"] == "stopped" for e in ledger.read(sweep).values())
+    psutil.wait_procs(orphans, timeout=30)
+    statuses = [e["status"] for e in ledger.read(sweep).values()]
+    assert "stopped" in statuses and "running" not in statuses
     again = command("sweep", "--grid", "tiny.yaml", cwd=tmp_path)
     assert again.returncode == 0, again.stderr
     assert_same(sweep, tmp_path / "whole")
+    client = MlflowClient(tracking.default_uri(tmp_path / "runs"))
+    runs = client.search_runs([client.get_experiment_by_name("tiny").experiment_id])
+    assert len(runs) == len(trials) + 1 and {r.info.status for r in runs} == {"FINISHED"}
 
 
 def test_the_plan_shows_the_pack_its_split_and_both_costs(
@@ -183,7 +191,7 @@ def test_the_plan_shows_the_pack_its_split_and_both_costs(
     (pack,) = found.packs
     assert sorted(pack.trials) == sorted(t["id"] for t in loaded.trials)
     assert pack.apart > 3 * pack.seconds
-    shown = command("plan", "--grid", str(tmp_path / "tiny.yaml")).stdout
+    shown = here(tmp_path, "plan", "--grid", "tiny.yaml").stdout
     assert "one pass for 13 heads: " in shown and "one run a head: " in shown
     # On a machine with room for half the heads beside the backbone: several packs, all heads.
     limit = int((pack.memory - 16 * 9 * 1024 * 8) / plan.MEMORY_SHARE)

@@ -10,7 +10,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import chdir, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,13 @@ import polars as pl
 import psutil
 import pytest
 import yaml
+from click.testing import CliRunner, Result
 from mlflow import MlflowClient
 
 from analysis import records, tables
 from orchestrator import ledger, plan, progress, tracking
 from orchestrator import sweep as sweeps
+from orchestrator.cli import main
 from tests.conftest import TIMING, TINY
 from trainables import pretrain
 
@@ -33,6 +35,12 @@ def command(*args: str, **options: Any) -> subprocess.CompletedProcess[str]:
     return subprocess.run([str(script), *args], capture_output=True, text=True, **options)
 
 
+def here(folder: Path, *args: str) -> Result:
+    """The same in this process, which has loaded everything: for what starts no workers."""
+    with chdir(folder):
+        return CliRunner().invoke(main, args)
+
+
 def write_grid(folder: Path, **fields: Any) -> Path:
     path = folder / "tiny.yaml"
     path.write_text(yaml.safe_dump({**yaml.safe_load(TINY), **fields}, sort_keys=False))
@@ -40,8 +48,9 @@ def write_grid(folder: Path, **fields: Any) -> Path:
 
 
 def measured(sweep: Path) -> dict[str, pl.DataFrame]:
-    """All records but times."""
-    found = {t: records.scan(sweep, t).sort(records.KEYS[t]).collect() for t in records.KEYS}
+    """All records of a sweep but times."""
+    tables = ("scalars", "blocks", "spectra", "trials")
+    found = {t: records.scan(sweep, t).sort(records.KEYS[t]).collect() for t in tables}
     found["scalars"] = found["scalars"].filter(~pl.col("metric").is_in(TIMING)).drop("time")
     return found
 
@@ -145,16 +154,16 @@ def test_the_same_grid_again_trains_nothing(swept: Path) -> None:
     assert runs == {r.info.run_id for r in client.search_runs([experiment])}
     write_grid(swept)
     # And by the grid that the sweep itself keeps.
-    kept = command("sweep", "--grid", str(sweep / "grid.yaml"), "--out", str(swept / "runs"))
-    assert kept.returncode == 0 and "4 of 4 trials are finished already" in kept.stderr
+    kept = here(swept.parent, "sweep", "--grid", str(sweep / "grid.yaml"), "--out", f"{swept}/runs")
+    assert kept.exit_code == 0 and "4 of 4 trials are finished already" in kept.stderr
 
 
 def test_a_changed_grid_under_an_old_name_is_refused(swept: Path) -> None:
     before = (swept / "runs" / "tiny" / "plan.json").read_text()
     changed = swept / "changed.yaml"
     changed.write_text(TINY.replace("24_576", "32_768"))
-    done = command("sweep", "--grid", str(changed), cwd=swept)
-    assert done.returncode == 2 and done.stdout == ""
+    done = here(swept, "sweep", "--grid", str(changed))
+    assert done.exit_code == 2 and done.stdout == ""
     assert "train.tokens was 24576, is 32768" in done.stderr.splitlines()[-1]
     assert (swept / "runs" / "tiny" / "plan.json").read_text() == before
 
@@ -174,19 +183,19 @@ def test_status_shows_every_trial(swept: Path) -> None:
         "nano-16 r=full s=0",
     ]
     assert {(t["status"], t["step"], t["steps"]) for t in shown} == {("done", 48, 48)}
-    table = command("status", "runs/tiny", cwd=swept).stdout
+    table = here(swept, "status", "runs/tiny").stdout
     assert all(f"{t['loss']:.3f}" in table and t["id"] in table for t in shown)
 
 
 def test_plan_and_dry_run_agree_and_write_nothing(swept: Path, tmp_path: Path) -> None:
     grid = write_grid(tmp_path)
     plan = json.loads(command("plan", "--grid", str(grid), "--json").stdout)
-    dry = command("sweep", "--grid", str(grid), "--dry-run", "--json", cwd=tmp_path)
+    dry = here(tmp_path, "sweep", "--grid", str(grid), "--dry-run", "--json")
     kept = json.loads((swept / "runs" / "tiny" / "plan.json").read_text())
     ids = [[t["id"] for t in p["trials"]] for p in (plan, json.loads(dry.stdout), kept)]
     assert ids[0] == ids[1] == ids[2]
     assert not (tmp_path / "runs").exists()
-    shown = command("plan", "--grid", str(grid)).stdout
+    shown = here(tmp_path, "plan", "--grid", str(grid)).stdout
     assert all(t["id"] in shown and t["name"] in shown for t in plan["trials"])
     assert max(len(line.rstrip()) for line in shown.splitlines()) <= 80
 
@@ -258,8 +267,12 @@ def workers(driver: subprocess.Popen[str]) -> list[psutil.Process]:
     return [p for p in family if re.match(r"ray::.*\.train", " ".join(p.cmdline()))]
 
 
+def checkpoints(sweep: Path) -> set[Path]:
+    return set((sweep / "trials").glob("*/checkpoints/step-*"))
+
+
 def saved(sweep: Path) -> int:
-    return len(list((sweep / "trials").glob("*/checkpoints/step-*")))
+    return len(checkpoints(sweep))
 
 
 LONG = {"train": {"tokens": 196_608, "batch": 8, "sequence": 64}}
@@ -276,7 +289,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path
     return folder
 
 
-def test_ctrl_c_saves_and_the_same_command_goes_on(
+def test_ctrl_c_saves_a_killed_driver_loses_nothing_and_the_same_command_goes_on(
     tmp_path: Path, cache: Path, uninterrupted: Path
 ) -> None:
     """With the runs on an MLflow server."""
@@ -298,12 +311,20 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(
         assert "stopped" in statuses and "running" not in statuses and "failed" not in statuses
         client = MlflowClient(address)
         experiment = client.get_experiment_by_name("tiny").experiment_id
-        before = {r.info.run_id for r in client.search_runs([experiment])}
+        before, kept = {r.info.run_id for r in client.search_runs([experiment])}, checkpoints(sweep)
+        with running(tmp_path, "--tracking-uri", address) as driver:
+            wait_for(lambda: checkpoints(sweep) - kept)
+            orphans = workers(driver)
+            driver.kill()
+            driver.wait()
+        psutil.wait_procs(orphans, timeout=30)
+        assert "running" not in [e["status"] for e in ledger.read(sweep).values()]
         again = command("sweep", "--grid", "tiny.yaml", "--tracking-uri", address, cwd=tmp_path)
         assert again.returncode == 0, again.stderr
         assert_same(sweep, uninterrupted)
         runs = client.search_runs([experiment])
         assert len(runs) == 5 and before <= {r.info.run_id for r in runs}
+        assert {r.info.status for r in runs} == {"FINISHED"}
         for run in runs:
             for key in run.data.metrics:
                 steps = [m.step for m in client.get_metric_history(run.info.run_id, key)]
@@ -334,24 +355,6 @@ def test_a_killed_workers_trial_is_resumed_and_its_slot_comes_back(
     )
     assert spans.height >= 3
     assert (spans["last"].shift() > spans["first"]).any()
-
-
-def test_a_killed_driver_loses_nothing(tmp_path: Path, cache: Path, uninterrupted: Path) -> None:
-    write_grid(tmp_path, **LONG)
-    sweep = tmp_path / "runs" / "tiny"
-    with running(tmp_path) as driver:
-        wait_for(lambda: saved(sweep) >= 1)
-        orphans = workers(driver)
-        driver.kill()
-        driver.wait()
-    psutil.wait_procs(orphans, timeout=30)
-    assert "running" not in [e["status"] for e in ledger.read(sweep).values()]
-    again = command("sweep", "--grid", "tiny.yaml", cwd=tmp_path)
-    assert again.returncode == 0, again.stderr
-    assert_same(sweep, uninterrupted)
-    client = MlflowClient(tracking.default_uri(tmp_path / "runs"))
-    runs = client.search_runs([client.get_experiment_by_name("tiny").experiment_id])
-    assert len(runs) == 5 and {r.info.status for r in runs} == {"FINISHED"}
 
 
 def test_one_trials_end_is_not_the_others(tmp_path: Path, cache: Path) -> None:

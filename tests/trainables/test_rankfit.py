@@ -12,7 +12,7 @@ import torch
 
 from analysis import records, spectrum
 from orchestrator import grid
-from tests.conftest import TIMING
+from tests.conftest import TIMING, two_workers
 from trainables import checkpoint, corpus, features, frozen, heads, rankfit
 
 CPU = torch.device("cpu")
@@ -287,7 +287,7 @@ def test_checkpoints_of_a_pack_are_whole(backbone: Path, cache: Path, tmp_path: 
 
 
 def _worker(
-    rank: int, some: list[dict[str, Any]], sweep: Path, cache: Path, store: Path, stop: int
+    rank: int, store: Path, some: list[dict[str, Any]], sweep: Path, cache: Path, stop: int
 ) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
     torch.distributed.init_process_group(
@@ -304,9 +304,8 @@ def test_two_workers_fit_the_heads_that_one_does(
     """Each with half of every batch; stopped together, and going on together."""
     some = trials(tmp_path, backbone, head={"rank": [2, 4], "init": "svd"})
     rankfit.fit(some, tmp_path / "one", cache)
-    for start, stop in enumerate((6, 10**6)):
-        store = tmp_path / f"store{start}"
-        torch.multiprocessing.spawn(_worker, (some, tmp_path / "two", cache, store, stop), nprocs=2)
+    for stop in (6, 10**6):
+        two_workers(_worker, some, tmp_path / "two", cache, stop)
     for trial in some:
         one, two = (rows(tmp_path / n, "scalars", trial["id"]) for n in ("one", "two"))
         keys = ["step", "split", "metric", "layer"]

@@ -1,0 +1,140 @@
+"""A directory of measurements that are taken step by step, of which none is taken twice.
+
+    <directory>/ledger/<series>.json records/
+
+What `lmsat probe` and `lmsat dimension` have in common: series of steps, each measured by itself on
+some worker, one MLflow run a series. The driver may die at any time.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from analysis import records
+from analysis.errors import BadInput
+from orchestrator import ledger, sweep, tracking
+from orchestrator.progress import Bar
+
+Settings = dict[str, Any]  # of a series; `trial` is a hash of all that changes what is found
+
+
+def check_place(directory: Path) -> None:
+    """Raises BadInput where the directory holds a sweep."""
+    if (directory / "plan.json").exists():
+        raise BadInput(f"--name: {directory} holds a sweep; give another name")
+
+
+def check_same(directory: Path, series: dict[str, Settings], hardware: tuple[str, ...]) -> None:
+    """Series are told apart by name: two measurements under one would be taken for one. Raises
+    BadInput where the directory holds another of one's name; `hardware` changes nothing."""
+    if not (directory / "ledger").is_dir():
+        return
+    for entry in ledger.read(directory).values():
+        settings = series.get(entry["name"])
+        if settings is None or entry["id"] == settings["trial"]:
+            continue
+        was, now = (dict(tracking.flat(s)) for s in (entry["settings"], settings))
+        changes = [
+            f"{key} was {was.get(key)}, is {now.get(key)}"
+            for key in was | now
+            if was.get(key) != now.get(key) and key not in ("trial", *hardware)
+        ]
+        what = "; ".join(changes) or "it is another one of that name"
+        raise BadInput(
+            f"{directory} holds another measurement of {entry['name']} ({what}); give this "
+            "one a new --name"
+        )
+
+
+class Measuring:
+    """The series of a directory, and how far they are."""
+
+    def __init__(self, directory: Path, tracker: tracking.Tracker, bar: Bar) -> None:
+        self.directory, self.tracker, self.bar = directory, tracker, bar
+        self.entries: dict[str, dict[str, Any]] = {}
+        self.failed: dict[str, str] = {}
+
+    def add(
+        self, name: str, settings: Settings, marks: dict[int, str], params: dict[str, Any]
+    ) -> list[int]:
+        """Take up what is known of a series; its steps that are still to be measured, rising.
+
+        A step counts as measured while its mark is the same. `params`: what MLflow shows.
+        """
+        id, known = settings["trial"], ledger.read(self.directory)
+        entry = {"checkpoints": {}, **known.get(id, {}), "run": self.tracker.children().get(id)}
+        entry |= {"id": id, "name": name, "status": "running", "settings": settings, "step": 0}
+        whole = records.segments(self.directory, "trials", id)
+        kept = {int(at): k["fingerprint"] for at, k in entry["checkpoints"].items()}
+        if stale := [at for at, mark in marks.items() if at in whole and kept.get(at) != mark]:
+            if entry["run"]:
+                self.tracker.discard(entry["run"])
+            entry["run"], whole = None, whole - {*stale}
+        if not entry["run"]:
+            trial = {**params, "id": id, "name": name}
+            entry["run"] = self.tracker.child(trial, {"checkpoints": len(marks)})
+        self.tracker.restart(entry["run"])
+        self._log(id, entry["run"], whole)
+        left = sorted(marks.keys() - whole)
+        for at, mark in sorted(marks.items()):
+            status = "waiting" if at in left else "done"
+            entry["checkpoints"][str(at)] = {"fingerprint": mark, "status": status}
+        for at in left:
+            records.drop(self.directory, id, at)
+        self.entries[id] = ledger.write(self.directory, entry)
+        return left
+
+    def go(
+        self,
+        work: Callable[[Any], None],
+        ahead: Callable[[Any], None],
+        after: Callable[[Any], None],
+        items: list[dict[str, Any]],
+        cpus: int,
+        gpus: float,
+    ) -> None:
+        """Do `work` on items, each with `trial` and `step`; `after` in this process. What is said
+        of a step is written at once."""
+        for index, error in sweep.fan_out(work, ahead, items, cpus, gpus, self.bar):
+            after(items[index])
+            self._ended(items[index], error)
+
+    @property
+    def steps(self) -> int:
+        """Of all series, those measured before too."""
+        return sum(len(entry["checkpoints"]) for entry in self.entries.values())
+
+    @property
+    def whole(self) -> bool:
+        """Whether all of it has been measured."""
+        return {entry["status"] for entry in self.entries.values()} == {"done"}
+
+    def finish(self) -> None:
+        """Say how it ended, or that it was stopped."""
+        for id, entry in self.entries.items():
+            found = {kept["status"] for kept in entry["checkpoints"].values()}
+            ends = (("waiting", "stopped"), ("failed", "failed"))
+            status = next((end for kind, end in ends if kind in found), "done")
+            self.tracker.tag(entry["run"], {"status": status})
+            self.tracker.finish(entry["run"], status)
+            self.entries[id] = ledger.write(self.directory, {**entry, "status": status})
+
+    def _ended(self, item: dict[str, Any], error: str | None) -> None:
+        id, at = item["trial"], item["step"]
+        entry = self.entries[id]
+        kept = entry["checkpoints"][str(at)]
+        kept |= {"status": "failed" if error else "done", "error": error}
+        if error:
+            records.drop(self.directory, id, at)
+            self.failed[f"{entry['name']} step {at}"] = error
+        else:
+            self._log(id, entry["run"], {at})
+        self.entries[id] = ledger.write(self.directory, entry)
+        self.bar.ended(f"{entry['name']} step {at}", error)
+
+    def _log(self, id: str, run: str, steps: set[int]) -> None:
+        """Bring MLflow up to the records of these steps."""
+        rows = records.scan(self.directory, "scalars", id).filter(pl.col("step").is_in(steps))
+        self.tracker.log(run, rows.collect().iter_rows(named=True))
