@@ -699,3 +699,47 @@ def ui(out: Path, port: int) -> None:
     from orchestrator import tracking
 
     tracking.serve(out, port)
+
+
+@main.command(
+    epilog="""\b
+Examples:
+  lmsat doctor
+  lmsat doctor --address 10.0.0.5:6379 --out /shared/runs --grid mine.yaml"""
+)
+@click.option(
+    "--address",
+    metavar="ADDRESS",
+    envvar="RAY_ADDRESS",
+    show_envvar=True,
+    help="HOST:PORT or ray://HOST:PORT of a cluster; by default this machine.",
+)
+@out_option
+@click.option("--tracking-uri", metavar="URI", help="MLflow server; by default OUT/mlflow.db.")
+@click.option("--grid", "grid_name", metavar="FILE", help="Look for the GPUs that it wants.")
+@json_option
+def doctor(
+    address: str | None, out: Path, tracking_uri: str | None, grid_name: str | None, as_json: bool
+) -> None:
+    """Check a Ray cluster, or this machine, before money is spent on it.
+
+    Versions, GPUs, shared storage, disks, shared memory, clocks, limits, open ports, the token and
+    MLflow, on every node. Exit code 1: something is wrong; a warning alone is 0.
+    """
+    from dataclasses import asdict
+
+    from orchestrator import doctor as doctors
+    from orchestrator import grid, progress, terminal
+
+    trials = grid.load(grid.find(grid_name)).trials if grid_name else []
+    gpus = max((trial["resources"]["gpus"] for trial in trials), default=0)
+    with progress.Bar() as bar:
+        findings = doctors.run(address, out, tracking_uri, gpus, bar)
+    if as_json:
+        terminal.print_json([asdict(one) for one in findings])
+    else:
+        doctors.print_findings(findings)
+    wrong = sum(one.level == "wrong" for one in findings)
+    if wrong:
+        click.echo(f"{wrong} to mend, see above", err=True)
+    sys.exit(1 if wrong else 0)

@@ -10,13 +10,16 @@ import hashlib
 import json
 import os
 import signal
+import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import ray
+import ray.util.scheduling_strategies
 import yaml
 from ray import tune
 
@@ -184,20 +187,23 @@ def _tune(driver: Driver, cache: Path) -> None:
 
 
 @contextlib.contextmanager
-def on_ray(watcher: Preparing) -> Iterator[str]:
-    """Ray, started here where it is not running yet; within, the current directory is a neutral
-    one of its own: Ray puts the driver's first on its workers' path, and a user's own folder named
-    `analysis` there would be taken for ours."""
+def on_ray(watcher: Preparing, address: str | None = None) -> Iterator[str]:
+    """Ray, that of the cluster at `address` or RAY_ADDRESS, or else started here where it is not
+    running yet; within, the current directory is a neutral one of its own: Ray puts the driver's
+    first on its workers' path, and a user's own folder named `analysis` there would be taken for
+    ours."""
     os.environ.update(
         RAY_USAGE_STATS_ENABLED="0",
         RAY_worker_niceness="0",  # workers at Ray's 15 starve beside anything else
     )
+    address = address or os.environ.get("RAY_ADDRESS")
     with tempfile.TemporaryDirectory(prefix="lmsat-") as neutral, contextlib.chdir(neutral):
         started_here = not ray.is_initialized()
         if started_here:
-            watcher.preparing("starting Ray")
+            watcher.preparing(f"connecting to {address}" if address else "starting Ray")
             ray.init(
-                num_cpus=plan.cores(),
+                address=address or "local",  # and not what else may run on this machine
+                num_cpus=None if address else plan.cores(),
                 include_dashboard=False,
                 log_to_driver=False,
                 logging_level="ERROR",
@@ -254,6 +260,48 @@ def fan_out(
                 yield index, error
                 if following is not None or waiting:
                     give(worker, waiting.pop() if following is None else following)
+
+
+@contextlib.contextmanager
+def every_node(
+    watcher: Preparing, address: str | None = None, seconds: float = 120
+) -> Iterator[Callable[[Callable[[dict[str, float]], Any]], dict[str, Any]]]:
+    """What does `work` once on every node, though all its CPUs be taken, and gives the answer by
+    node, or the exception; `work` is given what Ray believes the node has. It travels whole with
+    its module: the node may have another lmsat, or none.
+
+    Raises ConnectionError where there is no such cluster, or it refuses."""
+
+    def ask(work: Callable[[dict[str, float]], Any]) -> dict[str, Any]:
+        module = sys.modules[work.__module__]
+        nodes = [node for node in ray.nodes() if node["Alive"]]
+        names = [node["NodeName"] for node in nodes]
+        waiting, answers = {}, {}
+        ray.cloudpickle.register_pickle_by_value(module)
+        try:
+            for node, name in zip(nodes, names, strict=True):
+                id = node["NodeID"]
+                there = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(id, False)
+                task = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=there)(work)
+                label = name if names.count(name) == 1 else f"{name}/{id[:6]}"
+                waiting[label] = task.remote(node["Resources"])
+        finally:
+            ray.cloudpickle.unregister_pickle_by_value(module)
+        until = time.monotonic() + seconds
+        for label, task in waiting.items():
+            try:
+                answers[label] = ray.get(task, timeout=max(0.0, until - time.monotonic()))
+            except Exception as error:
+                lines = str(error).strip().splitlines() or [type(error).__name__]
+                answers[label] = RuntimeError(lines[-1])
+        return answers
+
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(on_ray(watcher, address))
+        except (OSError, RuntimeError, ray.exceptions.RayError) as error:
+            raise ConnectionError(" ".join(str(error).split())) from None
+        yield ask
 
 
 @contextlib.contextmanager

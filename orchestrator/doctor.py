@@ -1,0 +1,471 @@
+"""What a cluster, or this machine, lacks before money is spent on it.
+
+`facts` runs on any node, even one without lmsat: it knows the standard library only. The
+judgements are functions of facts: plain dicts, by node.
+"""
+
+import hashlib
+import importlib.util
+import os
+import platform
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+from analysis.errors import BadInput
+
+Facts = dict[str, Any]
+Ask = Callable[[Callable[[dict[str, float]], Any]], dict[str, Any]]
+
+PACKAGES = ("ray", "torch", "deepspeed", "transformers", "lmsat")
+ROOMS = ("orchestrator", "trainables", "analysis")
+FREE = 5e9  # bytes, the least of a disk
+SKEW = 1.0  # seconds
+FILES = 4096  # open at once: a Ray worker takes dozens, and a head some for every worker
+TORCH = "import torch; print(torch.cuda.device_count())"
+# Whoever reaches one of the first two sees everything; the others run what they are sent.
+SERVERS = {
+    "dashboard/dashboard.py": "Ray's dashboard",
+    "mlflow": "MLflow",
+    "gcs_server": "Ray's GCS",
+    "ray.util.client.server": "Ray's client server",
+}
+LEVELS = ("wrong", "warning", "ok")
+REFUSED = (
+    "set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN to what `ray get-auth-token` says on the head"
+)
+MISMATCH = "install here the Python and the Ray of the cluster"
+GUARDED = ("Ray's GCS", "Ray's client server")  # by the token
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Of one check on one node."""
+
+    check: str
+    node: str
+    level: Literal["ok", "warning", "wrong"]
+    found: str
+    todo: str = ""
+
+
+# What a node knows of itself.
+
+
+def facts(out: str, token: str, resources: dict[str, float]) -> Facts:
+    """Of the node that this runs on; sizes in bytes. `resources`: what Ray believes it has;
+    `token`: a folder in `out` where the driver has left a file, and every node leaves one."""
+    shm = Path("/dev/shm")
+    return {
+        "versions": installed(),
+        "code": code(),
+        "gpus": _gpus(),
+        "believed": resources.get("GPU", 0),
+        "storage": _storage(Path(out), Path(out, token)),
+        "free": {str(p): shutil.disk_usage(p).free for p in (out, tempfile.gettempdir()) if _is(p)},
+        "shm": shutil.disk_usage(shm).total if shm.is_dir() else None,
+        "object_store": resources.get("object_store_memory", 0),
+        "files": _files(),
+        "world": sorted(set(_world())),
+        "token": os.environ.get("RAY_AUTH_MODE", "").lower() == "token",
+    }
+
+
+def clock(resources: dict[str, float]) -> float:
+    """Seconds since 1970, as the node has it."""
+    return time.time()
+
+
+def _is(folder: str) -> bool:
+    return Path(folder).is_dir()
+
+
+def installed() -> dict[str, str | None]:
+    return {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES}
+
+
+def _version(package: str) -> str | None:
+    """Without what tells one build from another: 2.13.0+cpu is 2.13.0."""
+    try:
+        return metadata.version(package).split("+")[0]
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def code() -> str | None:
+    """A hash of the three packages' source: the same version may be other code."""
+    seen = hashlib.sha256()
+    for room in ROOMS:
+        spec = importlib.util.find_spec(room)
+        if spec is None or spec.origin is None:
+            return None
+        for file in sorted(Path(spec.origin).parent.rglob("*.py")):
+            seen.update(file.read_bytes())
+    return seen.hexdigest()[:8]
+
+
+def _gpus() -> int | str:
+    """How many torch sees, or why it cannot say. Ray hides them from a worker that has asked for
+    none, so a process of its own looks, with the environment that Ray was started in."""
+    env = dict(os.environ)
+    if "RAY_RAYLET_PID" in env:
+        env.pop("CUDA_VISIBLE_DEVICES", None)
+        with suppress(OSError):
+            raylet = Path("/proc", env["RAY_RAYLET_PID"], "environ").read_bytes()
+            pairs = dict(one.split(b"=", 1) for one in raylet.split(b"\0") if b"=" in one)
+            if b"CUDA_VISIBLE_DEVICES" in pairs:
+                env["CUDA_VISIBLE_DEVICES"] = pairs[b"CUDA_VISIBLE_DEVICES"].decode()
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", TORCH], capture_output=True, text=True, env=env, timeout=90
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"torch: {error}"
+    said = done.stderr.strip().splitlines() or ["it died"]
+    return int(done.stdout) if done.returncode == 0 else f"torch: {said[-1]}"
+
+
+def _storage(out: Path, folder: Path) -> dict[str, str | None]:
+    """What this node reads of the driver's file and writes for it: a name, and the name again
+    inside."""
+    if not out.is_dir():
+        return {"error": "not there", "read": None, "wrote": None}
+    name = uuid.uuid4().hex
+    try:
+        read = (folder / "driver").read_text()
+        (folder / name).write_text(name)
+    except FileNotFoundError:
+        return {"error": "another folder of that name", "read": None, "wrote": None}
+    except OSError as error:
+        return {"error": str(error), "read": None, "wrote": None}
+    return {"error": None, "read": read, "wrote": name}
+
+
+def _files() -> int | None:
+    """Files a process may have open; None where that is not limited, or not said."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return None if soft == resource.RLIM_INFINITY else soft
+
+
+def _world() -> Iterator[str]:
+    """Servers of this node that listen on every address, as 'name on port'. Linux only, and only
+    of processes that this one may look at."""
+    ports = {}
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        with suppress(OSError):
+            for line in Path(table).read_text().splitlines()[1:]:
+                fields = line.split()
+                address, port = fields[1].split(":")
+                if fields[3] == "0A" and not int(address, 16):
+                    ports[f"socket:[{fields[9]}]"] = int(port, 16)
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            command = (process / "cmdline").read_bytes().decode(errors="replace")
+            # A dashboard that listens on loopback exports its metrics to the world.
+            name = next((SERVERS[part] for part in SERVERS if part in command), None)
+            if "--host=127.0.0.1" in command or "--host=localhost" in command:
+                continue
+            for handle in (process / "fd").iterdir() if name else ():
+                with suppress(OSError):
+                    if (link := str(handle.readlink())) in ports:
+                        yield f"{name} on port {ports[link]}"
+
+
+# What is to be thought of it. `nodes` are the facts by node, without those that gave no answer.
+
+
+def judge(driver: Facts, nodes: dict[str, Facts], gpus: float, out: str) -> list[Finding]:
+    """All that facts alone tell; `gpus`: what one trial wants."""
+    return [
+        *versions(driver, nodes),
+        *graphics(nodes, gpus),
+        *storage(nodes, out),
+        *disks(nodes),
+        *memory(nodes),
+        *clocks(nodes),
+        *files(nodes),
+        *ports(nodes),
+    ]
+
+
+def versions(driver: Facts, nodes: dict[str, Facts]) -> Iterator[Finding]:
+    """Equal to the driver's."""
+    wanted = {**driver["versions"], "code": driver["code"]}
+    for node, known in nodes.items():
+        has = {**known["versions"], "code": known["code"]}
+        other = [name for name in wanted if has[name] != wanted[name]]
+        if other == ["code"]:
+            found = f"other code of lmsat: {has['code']}, the driver has {wanted['code']}"
+        else:
+            found = ", ".join(
+                f"{name} {has[name] or 'missing'}, the driver has {wanted[name] or 'none'}"
+                for name in other
+                if name != "code"
+            )
+        if other:
+            todo = "install there what the driver has: pip install -c constraints.txt"
+            yield Finding("versions", node, "wrong", found, todo)
+        else:
+            found = ", ".join(f"{k} {v}" for k, v in known["versions"].items() if v)
+            yield Finding("versions", node, "ok", found)
+
+
+def graphics(nodes: dict[str, Facts], wanted: float) -> Iterator[Finding]:
+    """GPUs: torch sees as many as Ray believes, and some node has what a trial wants."""
+    for node, known in nodes.items():
+        seen, believed = known["gpus"], known["believed"]
+        if isinstance(seen, str):
+            yield Finding("GPUs", node, "wrong", seen, "mend torch on this node")
+        elif seen < believed:
+            found = f"torch sees {seen}, Ray believes in {believed:g}"
+            todo = "look at nvidia-smi, the driver and torch's CUDA build; or lower --num-gpus"
+            yield Finding("GPUs", node, "wrong", found, todo)
+        elif seen > believed:
+            found = f"torch sees {seen}, Ray believes in {believed:g}"
+            yield Finding("GPUs", node, "warning", found, "restart Ray there with --num-gpus")
+        else:
+            yield Finding("GPUs", node, "ok", f"{seen}")
+    usable = [min(k["gpus"], k["believed"]) for k in nodes.values() if isinstance(k["gpus"], int)]
+    if wanted > max(usable, default=0):
+        found = f"a trial wants {wanted:g}, the best node has {max(usable, default=0):g}"
+        todo = "start GPU nodes, or lower resources.gpus of the grid"
+        yield Finding("GPUs", "all", "wrong", found, todo)
+
+
+def storage(nodes: dict[str, Facts], out: str) -> Iterator[Finding]:
+    """Every node has read the driver's token, and the driver its."""
+    todo = "mount the same storage at the same path on every node, or give another --out"
+    for node, known in nodes.items():
+        has = known["storage"]
+        if has["error"]:
+            yield Finding("storage", node, "wrong", f"{out}: {has['error']}", todo)
+        elif not has["read_back"]:
+            found = f"{out}: the driver does not see what this node writes"
+            yield Finding("storage", node, "wrong", found, todo)
+        elif not has["same"]:
+            found = f"{out}: this node reads something else than the driver wrote"
+            yield Finding("storage", node, "wrong", found, todo)
+        else:
+            yield Finding("storage", node, "ok", f"{out} is shared")
+
+
+def disks(nodes: dict[str, Facts]) -> Iterator[Finding]:
+    for node, known in nodes.items():
+        for folder, free in known["free"].items():
+            found = f"{free / 1e9:.1f} GB free in {folder}"
+            if free < FREE:
+                yield Finding("disk", node, "wrong", found, f"free {FREE / 1e9:g} GB, or more")
+            else:
+                yield Finding("disk", node, "ok", found)
+
+
+def memory(nodes: dict[str, Facts]) -> Iterator[Finding]:
+    """Shared memory holds Ray's object store."""
+    for node, known in nodes.items():
+        shm, store = known["shm"], known["object_store"]
+        if shm is None:
+            continue
+        found = f"/dev/shm has {shm / 1e9:.1f} GB, Ray's object store {store / 1e9:.1f}"
+        if shm < store:
+            todo = (
+                f"docker run --shm-size={store / 1e9 + 1:.0f}g, or ray start --object-store-memory"
+            )
+            yield Finding("shared memory", node, "wrong", found, todo)
+        else:
+            yield Finding("shared memory", node, "ok", found)
+
+
+def clocks(nodes: dict[str, Facts]) -> Iterator[Finding]:
+    """Within a second of the driver's, as far as the round trip lets one say."""
+    for node, known in nodes.items():
+        low, high = known["ahead"]
+        sure = max(low, -high, 0.0)
+        if sure > SKEW:
+            found = f"{sure:.1f} s or more {'ahead of' if low > 0 else 'behind'} the driver's clock"
+            todo = "synchronise it: chronyc makestep, or timedatectl set-ntp true"
+            yield Finding("clock", node, "wrong", found, todo)
+        else:
+            found = f"within {max(abs(low), abs(high)):.2f} s of the driver's"
+            yield Finding("clock", node, "ok", found)
+
+
+def files(nodes: dict[str, Facts]) -> Iterator[Finding]:
+    for node, known in nodes.items():
+        limit = known["files"]
+        if limit is not None and limit < FILES:
+            todo = f"ulimit -n {16 * FILES} before ray start"
+            yield Finding("open files", node, "wrong", f"at most {limit}", todo)
+        else:
+            yield Finding("open files", node, "ok", f"{limit or 'not limited'}")
+
+
+def ports(nodes: dict[str, Facts]) -> Iterator[Finding]:
+    """Nothing that runs or shows what one likes listens to the world."""
+    for node, known in nodes.items():
+        bare = [s for s in known["world"] if not (known["token"] and s.startswith(GUARDED))]
+        if bare:
+            guarded = all(s.startswith(GUARDED) for s in bare)
+            todo = "RAY_AUTH_MODE=token" if guarded else "bind it to 127.0.0.1, and use a tunnel"
+            found = f"open to whoever reaches the node: {', '.join(bare)}"
+            yield Finding("ports", node, "warning", found, todo)
+        else:
+            yield Finding("ports", node, "ok", "none open without a token")
+
+
+# The examination.
+
+
+def run(
+    address: str | None, out: Path, tracking_uri: str | None, gpus: float, watcher: Any
+) -> list[Finding]:
+    """All checks, of the cluster at `address` or of this machine; what they leave in `out` they
+    take away again. Raises BadInput where `address` or `tracking_uri` cannot be one."""
+    # Read when ray is imported: three tries to connect, and not twenty.
+    os.environ.setdefault("RAY_NUM_REDIS_GET_RETRIES", "3")
+    out = out.resolve()
+    with _token(out) as (token, problem):
+        found = _store(tracking_uri, out, out / token)
+        if problem:
+            todo = "make it writable, or give another --out"
+            found.append(Finding("storage", "driver", "wrong", f"{out}: {problem}", todo))
+        if address and (closed := _closed(address)):
+            todo = "is Ray running there, and this the address that `ray start --head` printed?"
+            return [Finding("cluster", "driver", "wrong", f"{address}: {closed}", todo), *found]
+        from orchestrator import sweep
+
+        try:
+            with sweep.every_node(watcher, address) as ask:
+                return [*_examine(ask, out, token, gpus), *found]
+        except ConnectionError as error:
+            todo = MISMATCH if "mismatch" in str(error).lower() else REFUSED
+            return [
+                Finding("cluster", "driver", "wrong", f"it listens, but: {error}", todo),
+                *found,
+            ]
+
+
+def _examine(ask: Ask, out: Path, token: str, gpus: float) -> list[Finding]:
+    answers = ask(lambda resources: facts(str(out), token, resources))
+    sent = time.time()
+    times = ask(clock)  # of workers that are warm by now
+    received = time.time()
+    nodes, silent = {}, []
+    for node, known in answers.items():
+        both = (known, times.get(node, ConnectionError("it has gone")))
+        error = next((e for e in both if isinstance(e, Exception)), None)
+        if error:
+            todo = "see `ray status` and Ray's logs on the node, and restart it"
+            silent.append(Finding("answer", node, "wrong", f"none: {error}", todo))
+            continue
+        has = known["storage"]
+        has["same"] = has["read"] == token
+        has["read_back"] = bool(has["wrote"]) and _text(out / token / has["wrote"]) == has["wrote"]
+        nodes[node] = {**known, "ahead": (times[node] - received, times[node] - sent)}
+    driver = {"versions": installed(), "code": code()}
+    return [*silent, *judge(driver, nodes, gpus, str(out))]
+
+
+@contextmanager
+def _token(out: Path) -> Iterator[tuple[str, str | None]]:
+    """The name of a folder in `out` with the driver's file, whose text is that name; and what went
+    wrong, if anything. Both are gone afterwards, and `out` where it was not there before."""
+    token = f".lmsat-doctor-{uuid.uuid4().hex}"
+    made = [folder for folder in (out, *out.parents) if not folder.exists()]
+    problem = None
+    try:
+        (out / token).mkdir(parents=True)
+        (out / token / "driver").write_text(token)
+    except OSError as error:
+        problem = error.strerror or str(error)
+    try:
+        yield token, problem
+    finally:
+        shutil.rmtree(out / token, ignore_errors=True)
+        for folder in made:
+            with suppress(OSError):
+                folder.rmdir()
+
+
+def _text(file: Path) -> str | None:
+    try:
+        return file.read_text()
+    except OSError:
+        return None
+
+
+def _closed(address: str) -> str | None:
+    """Why nothing can be sent to HOST:PORT or ray://HOST:PORT, if so. Ray itself asks for a minute.
+
+    Raises BadInput where it is no such address."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdigit() or int(port) > 65535:
+        raise BadInput(f"--address: HOST:PORT or ray://HOST:PORT, not {address!r}")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+    except OSError as error:
+        return error.strerror or str(error)
+    return None
+
+
+def _store(uri: str | None, out: Path, folder: Path) -> list[Finding]:
+    """MLflow answers and can be written to. What is written is deleted again."""
+    from orchestrator import tracking
+
+    todo = "see the server's log; or give another --tracking-uri"
+    try:
+        store = tracking.resolve(uri, out)
+    except BadInput as error:
+        if not (uri or "").startswith("http"):
+            raise
+        found = str(error).removeprefix("--tracking-uri: ")
+        return [Finding("MLflow", "driver", "wrong", found, "start it; or open the tunnel to it")]
+    file = Path(store.removeprefix("sqlite:///"))
+    if store.startswith("sqlite") and not file.exists():
+        if os.access(next(p for p in file.parents if p.exists()), os.W_OK):
+            return [Finding("MLflow", "driver", "ok", f"{store} will be made")]
+        return [Finding("MLflow", "driver", "wrong", f"{store} cannot be made", "another --out")]
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    try:
+        tracker = tracking.Tracker(store, folder / "mlflow", "lmsat-doctor")
+        try:
+            if store.startswith("http"):  # of a file the artifacts lie in --out
+                tracker.artifact(folder / "driver")
+        finally:
+            tracker.discard(tracker.parent)
+            tracker.client.delete_experiment(tracker.experiment)
+    except Exception as error:  # a store may fail in any way
+        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        return [Finding("MLflow", "driver", "wrong", f"{store}: {line}", todo)]
+    return [Finding("MLflow", "driver", "ok", f"{store} can be written to")]
+
+
+def print_findings(findings: list[Finding]) -> None:
+    """To stdout: what is not well first."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console, table = Console(), Table(box=None, padding=(0, 1, 0, 0))
+    if not console.is_terminal:  # a pipe has no width: never fold a row
+        console.width = 400
+    for heading in ("", "check", "node", "found", "what to do"):
+        table.add_column(heading, overflow="fold")
+    for one in sorted(findings, key=lambda one: LEVELS.index(one.level)):
+        style = {"wrong": "red", "warning": "yellow"}.get(one.level, "")
+        row = (one.level, one.check, one.node, one.found, one.todo)
+        table.add_row(*(Text(cell, style if i == 0 else "") for i, cell in enumerate(row)))
+    console.print(table)
