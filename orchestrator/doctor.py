@@ -1,45 +1,28 @@
 """What a cluster, or this machine, lacks before money is spent on it.
 
-`facts` runs on any node, even one without lmsat: it knows the standard library only. The
-judgements are functions of facts: plain dicts, by node.
+The judgements are functions of what nodes know of themselves: plain dicts, by node.
 """
 
-import hashlib
-import importlib.util
 import os
-import platform
 import shutil
 import socket
-import subprocess
-import sys
-import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
 from analysis.errors import BadInput
+from orchestrator import facts
+from orchestrator.facts import Facts
 
-Facts = dict[str, Any]
 Ask = Callable[[Callable[[dict[str, float]], Any]], dict[str, Any]]
 
-PACKAGES = ("ray", "torch", "deepspeed", "transformers", "lmsat")
-ROOMS = ("orchestrator", "trainables", "analysis")
 FREE = 5e9  # bytes, the least of a disk
 SKEW = 1.0  # seconds
 FILES = 4096  # open at once: a Ray worker takes dozens, and a head some for every worker
-TORCH = "import torch; print(torch.cuda.device_count())"
-# Whoever reaches one of the first two sees everything; the others run what they are sent.
-SERVERS = {
-    "dashboard/dashboard.py": "Ray's dashboard",
-    "mlflow": "MLflow",
-    "gcs_server": "Ray's GCS",
-    "ray.util.client.server": "Ray's client server",
-}
 LEVELS = ("wrong", "warning", "ok")
 REFUSED = (
     "set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN to what `ray get-auth-token` says on the head"
@@ -57,132 +40,6 @@ class Finding:
     level: Literal["ok", "warning", "wrong"]
     found: str
     todo: str = ""
-
-
-# What a node knows of itself.
-
-
-def facts(out: str, token: str, resources: dict[str, float]) -> Facts:
-    """Of the node that this runs on; sizes in bytes. `resources`: what Ray believes it has;
-    `token`: a folder in `out` where the driver has left a file, and every node leaves one."""
-    shm = Path("/dev/shm")
-    return {
-        "versions": installed(),
-        "code": code(),
-        "gpus": _gpus(),
-        "believed": resources.get("GPU", 0),
-        "storage": _storage(Path(out), Path(out, token)),
-        "free": {str(p): shutil.disk_usage(p).free for p in (out, tempfile.gettempdir()) if _is(p)},
-        "shm": shutil.disk_usage(shm).total if shm.is_dir() else None,
-        "object_store": resources.get("object_store_memory", 0),
-        "files": _files(),
-        "world": sorted(set(_world())),
-        "token": os.environ.get("RAY_AUTH_MODE", "").lower() == "token",
-    }
-
-
-def clock(resources: dict[str, float]) -> float:
-    """Seconds since 1970, as the node has it."""
-    return time.time()
-
-
-def _is(folder: str) -> bool:
-    return Path(folder).is_dir()
-
-
-def installed() -> dict[str, str | None]:
-    return {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES}
-
-
-def _version(package: str) -> str | None:
-    """Without what tells one build from another: 2.13.0+cpu is 2.13.0."""
-    try:
-        return metadata.version(package).split("+")[0]
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def code() -> str | None:
-    """A hash of the three packages' source: the same version may be other code."""
-    seen = hashlib.sha256()
-    for room in ROOMS:
-        spec = importlib.util.find_spec(room)
-        if spec is None or spec.origin is None:
-            return None
-        for file in sorted(Path(spec.origin).parent.rglob("*.py")):
-            seen.update(file.read_bytes())
-    return seen.hexdigest()[:8]
-
-
-def _gpus() -> int | str:
-    """How many torch sees, or why it cannot say. Ray hides them from a worker that has asked for
-    none, so a process of its own looks, with the environment that Ray was started in."""
-    env = dict(os.environ)
-    if "RAY_RAYLET_PID" in env:
-        env.pop("CUDA_VISIBLE_DEVICES", None)
-        with suppress(OSError):
-            raylet = Path("/proc", env["RAY_RAYLET_PID"], "environ").read_bytes()
-            pairs = dict(one.split(b"=", 1) for one in raylet.split(b"\0") if b"=" in one)
-            if b"CUDA_VISIBLE_DEVICES" in pairs:
-                env["CUDA_VISIBLE_DEVICES"] = pairs[b"CUDA_VISIBLE_DEVICES"].decode()
-    try:
-        done = subprocess.run(
-            [sys.executable, "-c", TORCH], capture_output=True, text=True, env=env, timeout=90
-        )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return f"torch: {error}"
-    said = done.stderr.strip().splitlines() or ["it died"]
-    return int(done.stdout) if done.returncode == 0 else f"torch: {said[-1]}"
-
-
-def _storage(out: Path, folder: Path) -> dict[str, str | None]:
-    """What this node reads of the driver's file and writes for it: a name, and the name again
-    inside."""
-    if not out.is_dir():
-        return {"error": "not there", "read": None, "wrote": None}
-    name = uuid.uuid4().hex
-    try:
-        read = (folder / "driver").read_text()
-        (folder / name).write_text(name)
-    except FileNotFoundError:
-        return {"error": "another folder of that name", "read": None, "wrote": None}
-    except OSError as error:
-        return {"error": str(error), "read": None, "wrote": None}
-    return {"error": None, "read": read, "wrote": name}
-
-
-def _files() -> int | None:
-    """Files a process may have open; None where that is not limited, or not said."""
-    try:
-        import resource
-    except ImportError:
-        return None
-    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    return None if soft == resource.RLIM_INFINITY else soft
-
-
-def _world() -> Iterator[str]:
-    """Servers of this node that listen on every address, as 'name on port'. Linux only, and only
-    of processes that this one may look at."""
-    ports = {}
-    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
-        with suppress(OSError):
-            for line in Path(table).read_text().splitlines()[1:]:
-                fields = line.split()
-                address, port = fields[1].split(":")
-                if fields[3] == "0A" and not int(address, 16):
-                    ports[f"socket:[{fields[9]}]"] = int(port, 16)
-    for process in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):
-            command = (process / "cmdline").read_bytes().decode(errors="replace")
-            # A dashboard that listens on loopback exports its metrics to the world.
-            name = next((SERVERS[part] for part in SERVERS if part in command), None)
-            if "--host=127.0.0.1" in command or "--host=localhost" in command:
-                continue
-            for handle in (process / "fd").iterdir() if name else ():
-                with suppress(OSError):
-                    if (link := str(handle.readlink())) in ports:
-                        yield f"{name} on port {ports[link]}"
 
 
 # What is to be thought of it. `nodes` are the facts by node, without those that gave no answer.
@@ -359,9 +216,9 @@ def run(
 
 
 def _examine(ask: Ask, out: Path, token: str, gpus: float) -> list[Finding]:
-    answers = ask(lambda resources: facts(str(out), token, resources))
+    answers = ask(facts.asker(str(out), token))
     sent = time.time()
-    times = ask(clock)  # of workers that are warm by now
+    times = ask(facts.clock)  # of workers that are warm by now
     received = time.time()
     nodes, silent = {}, []
     for node, known in answers.items():
@@ -375,7 +232,7 @@ def _examine(ask: Ask, out: Path, token: str, gpus: float) -> list[Finding]:
         has["same"] = has["read"] == token
         has["read_back"] = bool(has["wrote"]) and _text(out / token / has["wrote"]) == has["wrote"]
         nodes[node] = {**known, "ahead": (times[node] - received, times[node] - sent)}
-    driver = {"versions": installed(), "code": code()}
+    driver = {"versions": facts.installed(), "code": facts.code()}
     return [*silent, *judge(driver, nodes, gpus, str(out))]
 
 

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from mlflow import MlflowClient
 
 from analysis.errors import BadInput
-from orchestrator import doctor
+from orchestrator import doctor, facts
 from tests.orchestrator.test_sweep import command
 
 GB = 1e9
@@ -162,7 +162,7 @@ def test_a_server_open_to_the_world_is_told_from_one_on_loopback() -> None:
         with subprocess.Popen(code, stdout=subprocess.PIPE, text=True) as server:
             assert server.stdout
             port = int(server.stdout.readline())
-            found[address] = f"MLflow on port {port}" in doctor._world()
+            found[address] = f"MLflow on port {port}" in facts._world()
             server.kill()
     assert found == {"0.0.0.0": True, "127.0.0.1": False}
 
