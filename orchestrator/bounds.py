@@ -14,7 +14,7 @@ from analysis.errors import BadInput
 from orchestrator import probe, series
 from orchestrator.series import Series
 from orchestrator.terminal import print_table, short
-from trainables import corpus, frozen
+from trainables import corpus, frozen, heads
 from trainables.evaluation import parts
 from trainables.features import Features
 
@@ -78,7 +78,8 @@ def run(
     progress(f"cutting {one.name}", 0)
     chosen = cuts or usual(one.trial["head"]["rank"] or d if one.trial else d)
     table = bottleneck.bounds(backbone.weight, hidden, labels, chosen, backbone.bias)
-    loss = _loss(backbone, hidden, labels)
+    with torch.no_grad():
+        loss = heads.Fixed(backbone.weight, None, backbone.bias)(hidden, labels).item()
     return Bounded(one.name, frozen.name(model), loss, vocabulary, d, len(labels), table)
 
 
@@ -100,14 +101,6 @@ def _seen(states: Features, tokens: int) -> tuple[Tensor, Tensor]:
     seen = [states.both("held_out", some) for some in parts(sample, BATCH)]
     hidden, labels = (torch.cat(each).flatten(0, 1) for each in zip(*seen, strict=True))
     return hidden, labels
-
-
-def _loss(backbone: frozen.Frozen, hidden: Tensor, labels: Tensor) -> float:
-    total = 0.0
-    for h, y in zip(hidden.split(256), labels.split(256), strict=True):
-        logits = torch.nn.functional.linear(h, backbone.weight, backbone.bias)
-        total += torch.nn.functional.cross_entropy(logits, y, reduction="sum").item()
-    return total / len(labels)
 
 
 def as_json(found: Bounded) -> dict[str, Any]:

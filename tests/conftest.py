@@ -11,9 +11,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
+
+from analysis import ngrams
 
 # Metrics that no two runs share.
 TIMING = ("tokens_per_second", "training_seconds", "probe_seconds", "peak_memory")
@@ -111,6 +114,16 @@ def two_workers(work: Callable[..., None], *args: Any) -> None:
         torch.multiprocessing.start_processes(
             work, (store, *args), nprocs=2, start_method="forkserver"
         )
+
+
+def zipf_counts(vocabulary: int, words: int, n: int) -> ngrams.Counts:
+    """n-grams of words by Zipf's law, each drawn with a leaning to the one before."""
+    rng = np.random.default_rng(0)
+    law = 1 / np.arange(1, vocabulary + 1)
+    ids = rng.choice(vocabulary, words, p=law / law.sum())
+    led = (7 * ids[:-1] + ids[1:] % 5) % vocabulary
+    ids[1:] = np.where(rng.random(words - 1) < 0.5, led, ids[1:])
+    return ngrams.count([ids], n, vocabulary)
 
 
 def head_section(kind: str, rank: int | None = None, **fields: Any) -> dict[str, Any]:

@@ -194,8 +194,7 @@ def _make(source: dict[str, Any], name: int | str, directory: Path, progress: Pr
         tokenizer = load_tokenizer(name)
         tokenizer.no_truncation()
         tokenizer.no_padding()
-    ends = (tokenizer.token_to_id(end) for end in ENDS)
-    end = next((id for id in ends if id is not None), None)
+    end = end_of(tokenizer)
     tokenizer.save(str(directory / "tokenizer.json"))
     vocabulary = tokenizer.get_vocab_size()
     counts = {part: {"tokens": 0, "bytes": 0, "documents": 0} for part in ("train", "held_out")}
@@ -222,6 +221,12 @@ def _make(source: dict[str, Any], name: int | str, directory: Path, progress: Pr
             raise _nothing(part)
     meta = {what: {part: counts[part][what] for part in counts} for what in counts["train"]}
     (directory / "meta.json").write_text(json.dumps({"vocabulary": vocabulary, **meta}))
+
+
+def end_of(tokenizer: Any) -> int | None:
+    """The token that follows each document, where the tokenizer has one."""
+    ids = (tokenizer.token_to_id(end) for end in ENDS)
+    return next((id for id in ids if id is not None), None)
 
 
 def _nothing(part: str) -> BadInput:

@@ -7,6 +7,7 @@ sample merged, which is exact: an n-gram lies in one document, and in the part o
 
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +22,6 @@ from trainables import corpus
 from trainables.corpus import Corpus
 from trainables.recorder import Recorder
 
-SPECTRA = {
-    "paper": "every context alike, as in the paper",
-    "tokens": "every token alike",
-    "repeated": "contexts seen twice or more",
-    "unbiased": "unbiased Gram matrix",
-    "additive": "a count added to every token",
-    "kneser-ney": "Kneser and Ney's smoothing by shorter contexts",
-}
-"""Estimates of W's spectrum."""
 SOFTMAX = "softmax"
 """The estimate in nats."""
 DIMENSIONS = (500, 1000, 2000, 4000, 8000, 12000)
@@ -44,9 +36,7 @@ Documents = npt.NDArray[np.int64]
 def documents(text: Corpus) -> Documents:
     """(documents x 3): split (0 training, 1 held out), first token and end, in random order. A
     tokenizer without an end of text makes one document of a split."""
-    tokenizer = Tokenizer.from_file(str(text.tokenizer))
-    ids = (tokenizer.token_to_id(name) for name in corpus.ENDS)
-    end = next((id for id in ids if id is not None), None)
+    end = corpus.end_of(Tokenizer.from_file(str(text.tokenizer)))
     found = []
     for split, name in enumerate(text.tokens):
         shard = text.shard(name)
@@ -111,10 +101,9 @@ def _spectrum(task: dict[str, Any], counts: Counts, recorder: Recorder) -> None:
     errors = dict(zip(at.tolist(), werror.w_error(found, at).tolist(), strict=True))
     for d, error in errors.items():
         recorder.add("w_errors", step, {"d": d, "w_error": error, "exact": d <= known})
-    for d in DIMENSIONS:
-        if d <= V:
-            error = float(werror.w_error(found, d))
-            recorder.scalar(step, f"w_error_{d:05d}", error, "corpus")
+    told = [d for d in DIMENSIONS if d <= V]
+    for d, error in zip(told, werror.w_error(found, told).tolist(), strict=True):
+        recorder.scalar(step, f"w_error_{d:05d}", error, "corpus")
     for name, share in LEVELS.items():
         recorder.scalar(step, name, werror.reaching(found, share), "corpus")
     recorder.scalar(step, "rows", found.rows, "corpus")
@@ -123,18 +112,22 @@ def _spectrum(task: dict[str, Any], counts: Counts, recorder: Recorder) -> None:
 
 
 def spectrum(
-    counts: Counts, estimate: str, least: int, smoothing: float, leading: int | None
+    counts: Counts,
+    estimate: str,
+    least: int | None,
+    smoothing: float | None,
+    leading: int | None,
 ) -> werror.Spectrum:
-    """By an estimate of SPECTRA. `least`: times that contexts are seen (repeated); `smoothing`: the
-    count added (additive); `leading`: singular values that are enough, by default werror's own."""
+    """By kneser-ney or one of werror's weights, or else by rows. `least`: times that contexts are
+    seen; `smoothing`: the count added; `leading`: singular values that are enough."""
     dimensions = leading and min(leading, counts.vocabulary)
     if estimate == "kneser-ney":
         return kneserney.spectrum(counts, dimensions=dimensions)
     return werror.spectrum(
         counts,
         weights=estimate if estimate in werror.WEIGHTS else "rows",
-        least=least if estimate == "repeated" else 1,
-        smoothing=smoothing if estimate == "additive" else 0.0,
+        least=least or 1,
+        smoothing=smoothing or 0.0,
         dimensions=dimensions,
     )
 
@@ -152,11 +145,9 @@ def _softmax(task: dict[str, Any], counts: Counts, recorder: Recorder) -> None:
         name = "loss_smoothed" if saturated else f"loss_rank_{one.rank:05d}"
         recorder.scalar(step, name, one.held_out, "corpus", one.stderr)
     for tolerance in TOLERANCES:
-        rank = softmaxrank.required(fits, tolerance)
-        row = {"tolerance": tolerance, "rank": rank.rank, "low": rank.low, "high": rank.high}
-        row |= {"at_least": rank.at_least, "at_most": rank.at_most}
-        recorder.add("required", step, row)
-        recorder.scalar(step, f"required_rank_{tolerance:g}", rank.rank, "corpus")
+        required = softmaxrank.required(fits, tolerance)
+        recorder.add("required", step, asdict(required))
+        recorder.scalar(step, f"required_rank_{tolerance:g}", required.rank, "corpus")
 
 
 def _text(task: dict[str, Any], cache: Path) -> Corpus:

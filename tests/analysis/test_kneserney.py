@@ -17,6 +17,7 @@ from analysis.errors import BadInput
 from analysis.kneserney import Array, estimate, probabilities, spectrum
 from analysis.ngrams import Counts
 from analysis.werror import reaching, w_error
+from tests.conftest import zipf_counts
 
 Chunks = list[npt.NDArray[Any]]
 
@@ -128,12 +129,7 @@ def test_all_singular_values_are_those_of_the_dense_matrix(
 
 @pytest.fixture(scope="module")
 def zipf() -> Counts:
-    """Trigrams of 40,000 words by Zipf's law, each drawn with a leaning to the one before."""
-    rng = np.random.default_rng(0)
-    V, n = 1000, 40_000
-    words = rng.choice(V, n, p=(w := 1 / np.arange(1, V + 1)) / w.sum())
-    words[1:] = np.where(rng.random(n - 1) < 0.5, (7 * words[:-1] + words[1:] % 5) % V, words[1:])
-    return ngrams.count([words], 3, V)
+    return zipf_counts(1000, 40_000, 3)
 
 
 def operator(model: kneserney.Model) -> LinearOperator:

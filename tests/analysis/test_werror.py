@@ -13,6 +13,7 @@ from analysis import ngrams, werror
 from analysis.errors import BadInput
 from analysis.ngrams import Counts
 from analysis.werror import Array, reaching, spectrum, w_error
+from tests.conftest import zipf_counts
 
 
 def table(k: npt.NDArray[Any]) -> Counts:
@@ -115,12 +116,7 @@ def test_contexts_seen_once_have_the_spectrum_of_word_counts() -> None:
 
 @pytest.fixture(scope="module")
 def zipf() -> Counts:
-    """Bigrams of 60,000 words by Zipf's law, each drawn with a leaning to the one before."""
-    rng = np.random.default_rng(0)
-    V, n = 1200, 60_000
-    words = rng.choice(V, n, p=(w := 1 / np.arange(1, V + 1)) / w.sum())
-    words[1:] = np.where(rng.random(n - 1) < 0.5, (7 * words[:-1] + words[1:] % 5) % V, words[1:])
-    return ngrams.count([words], 2, V)
+    return zipf_counts(1200, 60_000, 2)
 
 
 def test_leading_values_are_those_of_scipys_svds(zipf: Counts) -> None:
