@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 
 from analysis import records
-from orchestrator import plan, probe
+from orchestrator import place, probe
 from trainables import corpus, frozen, survey
 
 SEQUENCE, BATCH = 512, 8
@@ -55,7 +55,7 @@ def task(model: dict[str, Any], tokens: int) -> dict[str, Any]:
         "tasks": [],
         "step_tokens": None,
         "download": None,
-        "cpus": plan.cores(),
+        "cpus": place.cores(),
         "gpus": 0,
     }
 
@@ -176,7 +176,7 @@ def _bpe(folder: Path) -> str:
 
 
 def compare(file: Path, tokens: int) -> None:
-    torch.set_num_threads(plan.cores())
+    torch.set_num_threads(place.cores())
     model = {
         "pretrained": str(file.parent),
         "revision": None,

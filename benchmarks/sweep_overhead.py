@@ -68,7 +68,7 @@ def lmsat(folder: str) -> None:
 
         (trial,) = config["pack"]
         note(folder, trial)
-        tune.report({"news": [{"trial": trial, "step": 1, "steps": 1, "rows": []}]})
+        tune.report({"news": [{"trial": trial, "step": 1, "steps": 1, "rows": []}], "group": None})
         ledger.conclude(Path(config["sweep"]), trial, "done", 1)
 
     sweep._work = work  # everything but the training is lmsat's own

@@ -91,21 +91,57 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Machine-read
 @grid_option
 @out_option
 @tracking_option
+@click.option(
+    "--address",
+    metavar="ADDRESS",
+    envvar="RAY_ADDRESS",
+    show_envvar=True,
+    help="A cluster: http://HOST:PORT of its dashboard, from outside; HOST:PORT or auto, on a "
+    "machine of it.",
+)
+@click.option(
+    "--checkpoints",
+    metavar="PLACE",
+    help="A folder or an fsspec URL (s3://...) for checkpoints; by default the sweep's directory.",
+)
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
 @json_option
 def sweep(
-    grid_name: str, out: Path, tracking_uri: str | None, dry_run: bool, as_json: bool
+    grid_name: str,
+    out: Path,
+    tracking_uri: str | None,
+    address: str | None,
+    checkpoints: str | None,
+    dry_run: bool,
+    as_json: bool,
 ) -> None:
     """Train every trial of a grid.
 
     The same command again goes on where it stopped: finished trials are skipped, the others
     resume from their last checkpoint. Ctrl-C saves the running trials and stops.
+
+    With --address http://127.0.0.1:8265, which `ray dashboard` opens, the sweep runs on that
+    cluster's head: the grid file is sent there, OUT and the paths in the grid are the cluster's
+    and absolute. Ctrl-C saves and stops as here; a second one leaves the sweep to itself.
     """
     from orchestrator import grid, terminal
 
+    if address and address.startswith(("http://", "https://")):
+        given: dict[str, str | bool | None] = {
+            "--tracking-uri": tracking_uri,
+            "--checkpoints": checkpoints,
+            "--dry-run": dry_run,
+            "--json": as_json,
+        }
+        sys.exit(_submit(address, grid.find(grid_name), out, given))
+    if address and "://" in address:
+        raise BadInput(
+            f"--address: {address}: a sweep is driven from within its cluster; give "
+            "http://HOST:PORT of the dashboard, or HOST:PORT on a machine of it"
+        )
     loaded = grid.load(grid.find(grid_name))
     if dry_run:
-        _plan(loaded, as_json)
+        _plan(loaded, as_json, _cluster(address))
         return
     from orchestrator import progress
     from orchestrator import sweep as sweeps
@@ -114,7 +150,7 @@ def sweep(
         click.echo(f"note: {notice}", err=True)
     directory = out / loaded.name
     with progress.Progress() as watcher:
-        entries = sweeps.run(loaded, out, tracking_uri, _cache(), watcher)
+        entries = sweeps.run(loaded, out, tracking_uri, _cache(), watcher, address, checkpoints)
     statuses = [entry["status"] for entry in entries.values()]
     kinds = {entry["trial"]["kind"] for entry in entries.values()}
     terminal.print_results(directory, kinds, as_json)
@@ -126,23 +162,70 @@ def sweep(
     sys.exit(1 if "failed" in statuses else 0)
 
 
-@main.command(epilog="Example:  lmsat plan --grid ranks.yaml --json")
+def _cluster(address: str | None) -> Any:
+    """Where a sweep would run."""
+    from orchestrator import cluster, progress
+
+    with progress.Bar() as bar:
+        return cluster.look(bar, address)
+
+
+def _submit(address: str, grid_file: Path, out: Path, given: dict[str, str | bool | None]) -> int:
+    """The same command on a cluster; its exit code."""
+    if not out.is_absolute():
+        raise BadInput(f"--out: a folder that all machines of the cluster share: /..., not {out}")
+    from orchestrator import job
+
+    arguments = ["--out", str(out)]
+    for option, value in given.items():
+        if value:
+            arguments += [option] if value is True else [option, str(value)]
+    inside = False  # its JSON: a job has one output, ours has two
+
+    def show(line: str) -> None:
+        nonlocal inside
+        inside |= line == "{"
+        click.echo(line, err=bool(given["--json"]) and not inside)
+        inside &= line != "}"
+
+    return job.submit(address, grid_file, arguments, show, lambda line: click.echo(line, err=True))
+
+
+@main.command(
+    epilog="""\b
+Examples:
+  lmsat plan --grid ranks.yaml --json
+  lmsat plan --grid pythia.yaml --on 8xA100-80G"""
+)
 @grid_option
+@click.option(
+    "--on",
+    metavar="PLACE",
+    help="Not this machine, but GPUs, such as 8xA100-80G, or what a file for `ray up` may start.",
+)
 @json_option
-def plan(grid_name: str, as_json: bool) -> None:
+def plan(grid_name: str, on: str | None, as_json: bool) -> None:
     """Show what a grid will cost: every trial's size, tokens, FLOPs, memory and time.
 
+    Of models that several workers or GPUs train also how ZeRO's stages would share them out.
     Nothing is started and nothing written.
     """
-    from orchestrator import grid
+    from orchestrator import grid, place
 
-    _plan(grid.load(grid.find(grid_name)), as_json)
+    there = place.find(on) if on else None
+    loaded = grid.load(grid.find(grid_name))
+    if on and not any(trial["resources"]["gpus"] for trial in loaded.trials):
+        raise BadInput(f"--on: {loaded.path} uses no GPU; give it resources: {{gpus: 1}}")
+    _plan(loaded, as_json, there)
 
 
-def _plan(loaded: Any, as_json: bool) -> None:
+def _plan(loaded: Any, as_json: bool, place: Any = None) -> None:
     from orchestrator import plan, terminal
 
-    terminal.print_plan(plan.plan(loaded, _cache()), loaded.notices, as_json)
+    planned = plan.plan(loaded, _cache(), place)
+    for note in planned.notes:
+        click.echo(f"note: {note}", err=True)
+    terminal.print_plan(planned, loaded.notices, as_json)
 
 
 @main.command(epilog="Example:  lmsat status ranks")
@@ -729,15 +812,15 @@ Examples:
 )
 @out_option
 @tracking_option
-@click.option("--grid", "grid_name", metavar="FILE", help="Look for the GPUs that it wants.")
+@click.option("--grid", "grid_name", metavar="FILE", help="Look for the room that it wants.")
 @json_option
 def doctor(
     address: str | None, out: Path, tracking_uri: str | None, grid_name: str | None, as_json: bool
 ) -> None:
     """Check a Ray cluster, or this machine, before money is spent on it.
 
-    Versions, GPUs, shared storage, disks, shared memory, clocks, limits, open ports, the token and
-    MLflow, on every node. Exit code 1: something is wrong; a warning alone is 0.
+    Versions, GPUs, shared storage and cache, disks, shared memory, clocks, limits, open ports, the
+    token and MLflow, on every node. Exit code 1: something is wrong; a warning alone is 0.
     """
     from dataclasses import asdict
 
@@ -745,9 +828,8 @@ def doctor(
     from orchestrator import grid, progress, terminal
 
     trials = grid.load(grid.find(grid_name)).trials if grid_name else []
-    gpus = max((trial["resources"]["gpus"] for trial in trials), default=0)
     with progress.Bar() as bar:
-        findings = doctors.run(address, out, tracking_uri, gpus, bar)
+        findings = doctors.run(address, out, _cache(), tracking_uri, trials, bar)
     if as_json:
         terminal.print_json([asdict(one) for one in findings])
     else:

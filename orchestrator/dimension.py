@@ -23,7 +23,7 @@ from pydantic import ValidationError
 
 from analysis import atomic, dimension_figures, records, werror
 from analysis.errors import BadInput
-from orchestrator import ledger, measuring, plan, schema, sweep, tracking
+from orchestrator import cluster, ledger, measuring, schema, tracking
 from orchestrator.measuring import Measuring
 from orchestrator.progress import Bar
 from trainables import corpus, dimension
@@ -101,16 +101,14 @@ def run(
     directory, cache = directory.resolve(), cache.resolve()
     measuring.check_place(directory)
     uri = tracking.resolve(tracking_uri, directory.parent)
-    cores = plan.cores()
-    if wanted.cpus > cores:
-        raise BadInput(f"--cpus: {wanted.cpus} wanted, this machine has {cores}")
+    cores = measuring.check_fits(cluster.look(bar), wanted.cpus)
     pairs = itertools.product(wanted.corpora, wanted.tokenizers)
     texts = [_text(source, tokenizer, cache, bar) for source, tokenizer in pairs]
     series = _all(texts, wanted)
     measuring.check_same(directory, series, HARDWARE)
     kept = {name: records.segments(directory, "trials", s["trial"]) for name, s in series.items()}
     left = [s for name, s in series.items() if not {*s["steps"]} <= kept[name]]
-    with _folder(spill, cache) as folder, sweep.on_ray(bar) if left else nullcontext():
+    with _folder(spill, cache) as folder, cluster.on_ray(bar) if left else nullcontext():
         parts, error = _count(left, Path(folder), cache, bar)
         if error:
             return {"counting n-grams": error}
@@ -249,7 +247,7 @@ def _count(
                 items.append({**shared[key], "start": start, "stop": stop, "folder": str(kept)})
     bar.started(len(items), 0, "parts")
     work = functools.partial(dimension.count, cache=cache)
-    for _, error in sweep.fan_out(work, _nothing, items, 1, 0, bar):
+    for _, error in cluster.fan_out(work, _nothing, items, 1, 0, bar):
         bar.ended("counting n-grams", error)
         if error:
             return parts, error

@@ -5,18 +5,18 @@ The judgements are functions of what nodes know of themselves: plain dicts, by n
 
 import os
 import shutil
-import socket
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from analysis.errors import BadInput
-from orchestrator import facts
+from orchestrator import facts, fits, place
 from orchestrator.facts import Facts
+from orchestrator.place import Place
 
 Ask = Callable[[Callable[[dict[str, float]], Any]], dict[str, Any]]
 
@@ -29,6 +29,10 @@ REFUSED = (
 )
 MISMATCH = "install here the Python and the Ray of the cluster"
 GUARDED = ("Ray's GCS", "Ray's client server")  # by the token
+ELSE = {  # what to do about a folder that is no good, by the check
+    "storage": "give another --out",
+    "cache": "set LMSAT_CACHE to storage that all nodes share",
+}
 
 
 @dataclass(frozen=True)
@@ -45,12 +49,12 @@ class Finding:
 # What is to be thought of it. `nodes` are the facts by node, without those that gave no answer.
 
 
-def judge(driver: Facts, nodes: dict[str, Facts], gpus: float, out: str) -> list[Finding]:
-    """All that facts alone tell; `gpus`: what one trial wants."""
+def judge(driver: Facts, nodes: dict[str, Facts], folders: dict[str, str]) -> list[Finding]:
+    """All that facts alone tell; `folders`: the driver's, by the check that they are shared."""
     return [
         *versions(driver, nodes),
-        *graphics(nodes, gpus),
-        *storage(nodes, out),
+        *graphics(nodes),
+        *shared(nodes, folders),
         *disks(nodes),
         *memory(nodes),
         *clocks(nodes),
@@ -81,8 +85,8 @@ def versions(driver: Facts, nodes: dict[str, Facts]) -> Iterator[Finding]:
             yield Finding("versions", node, "ok", found)
 
 
-def graphics(nodes: dict[str, Facts], wanted: float) -> Iterator[Finding]:
-    """GPUs: torch sees as many as Ray believes, and some node has what a trial wants."""
+def graphics(nodes: dict[str, Facts]) -> Iterator[Finding]:
+    """GPUs: torch sees as many as Ray believes."""
     for node, known in nodes.items():
         seen, believed = known["gpus"], known["believed"]
         if isinstance(seen, str):
@@ -96,28 +100,23 @@ def graphics(nodes: dict[str, Facts], wanted: float) -> Iterator[Finding]:
             yield Finding("GPUs", node, "warning", found, "restart Ray there with --num-gpus")
         else:
             yield Finding("GPUs", node, "ok", f"{seen}")
-    usable = [min(k["gpus"], k["believed"]) for k in nodes.values() if isinstance(k["gpus"], int)]
-    if wanted > max(usable, default=0):
-        found = f"a trial wants {wanted:g}, the best node has {max(usable, default=0):g}"
-        todo = "start GPU nodes, or lower resources.gpus of the grid"
-        yield Finding("GPUs", "all", "wrong", found, todo)
 
 
-def storage(nodes: dict[str, Facts], out: str) -> Iterator[Finding]:
-    """Every node has read the driver's token, and the driver its."""
-    todo = "mount the same storage at the same path on every node, or give another --out"
-    for node, known in nodes.items():
-        has = known["storage"]
-        if has["error"]:
-            yield Finding("storage", node, "wrong", f"{out}: {has['error']}", todo)
-        elif not has["read_back"]:
-            found = f"{out}: the driver does not see what this node writes"
-            yield Finding("storage", node, "wrong", found, todo)
-        elif not has["same"]:
-            found = f"{out}: this node reads something else than the driver wrote"
-            yield Finding("storage", node, "wrong", found, todo)
-        else:
-            yield Finding("storage", node, "ok", f"{out} is shared")
+def shared(nodes: dict[str, Facts], folders: dict[str, str]) -> Iterator[Finding]:
+    """Every node has read the driver's token in each folder, and the driver its."""
+    for check, folder in folders.items():
+        todo = f"mount the same storage at the same path on every node, or {ELSE[check]}"
+        for node, known in nodes.items():
+            has = known["shared"][check]
+            wrong = has["error"]
+            if not wrong and not has["read_back"]:
+                wrong = "the driver does not see what this node writes"
+            if not wrong and not has["same"]:
+                wrong = "this node reads something else than the driver wrote"
+            if wrong:
+                yield Finding(check, node, "wrong", f"{folder}: {wrong}", todo)
+            else:
+                yield Finding(check, node, "ok", f"{folder} is shared")
 
 
 def disks(nodes: dict[str, Facts]) -> Iterator[Finding]:
@@ -183,31 +182,67 @@ def ports(nodes: dict[str, Facts]) -> Iterator[Finding]:
             yield Finding("ports", node, "ok", "none open without a token")
 
 
+def room(there: Place, trials: list[dict[str, Any]]) -> Iterator[Finding]:
+    """Each trial of a grid has some, or will have once the cluster has grown."""
+    for wanted in {tuple(t["resources"].items()): t["resources"] for t in trials}.values():
+        try:
+            now, most = fits.teams(there, wanted)
+        except BadInput as error:
+            todo = "start more or larger machines, or lower it in the grid"
+            yield Finding("grid", "all", "wrong", str(error), todo)
+            continue
+        workers, cpus, gpus = (wanted[key] for key in ("workers", "cpus", "gpus"))
+        each = f"trials of {workers} x ({cpus} cpus, {gpus:g} gpus)"
+        if now:
+            yield Finding("grid", "all", "ok", f"{each}: room for {now} at once")
+        else:
+            found = f"{each}: no room yet, for {most} once the cluster has grown"
+            todo = "nothing where its machines come when asked for: see `ray status`"
+            yield Finding("grid", "all", "warning", found, todo)
+
+
 # The examination.
 
 
 def run(
-    address: str | None, out: Path, tracking_uri: str | None, gpus: float, watcher: Any
+    address: str | None,
+    out: Path,
+    cache: Path,
+    tracking_uri: str | None,
+    trials: list[dict[str, Any]],
+    watcher: Any,
 ) -> list[Finding]:
-    """All checks, of the cluster at `address` or of this machine; what they leave in `out` they
-    take away again. Raises BadInput where `address` or `tracking_uri` cannot be one."""
+    """All checks, of the cluster at `address` or of this machine, and for the trials of a grid;
+    what they leave in `out` and `cache` they take away again. Raises BadInput where `address` or
+    `tracking_uri` cannot be one."""
     # Read when ray is imported: three tries to connect, and not twenty.
     os.environ.setdefault("RAY_NUM_REDIS_GET_RETRIES", "3")
     out = out.resolve()
-    with _token(out) as (token, problem):
-        found = _store(tracking_uri, out, out / token)
-        if problem:
-            todo = "make it writable, or give another --out"
-            found.append(Finding("storage", "driver", "wrong", f"{out}: {problem}", todo))
-        if address and (closed := _closed(address)):
+    with ExitStack() as stack:
+        tokens, found = {}, []
+        for check, folder in (("storage", out), ("cache", cache.resolve())):
+            tokens[check], problem = stack.enter_context(_token(folder))
+            if problem:
+                todo = f"make it writable, or {ELSE[check]}"
+                found.append(Finding(check, "driver", "wrong", f"{folder}: {problem}", todo))
+        found += _store(tracking_uri, out, tokens["storage"])
+        from orchestrator import cluster
+
+        if address and (closed := cluster.closed(address)):
             todo = "is Ray running there, and this the address that `ray start --head` printed?"
             return [Finding("cluster", "driver", "wrong", f"{address}: {closed}", todo), *found]
-        from orchestrator import sweep
-
         try:
-            with sweep.every_node(watcher, address) as ask:
-                return [*_examine(ask, out, token, gpus), *found]
-        except ConnectionError as error:
+            with cluster.every_node(watcher, address) as ask:
+                found = [*_examine(ask, tokens), *found]
+                found += room(cluster.here() if address else place.here(), trials)
+                if any(trial["resources"]["workers"] > 1 for trial in trials):
+                    try:
+                        cluster.check_head()
+                    except BadInput as error:
+                        lacking, todo = str(error).split("; ")
+                        found.append(Finding("grid", "head", "wrong", lacking, todo))
+                return found
+        except cluster.Unreachable as error:
             todo = MISMATCH if "mismatch" in str(error).lower() else REFUSED
             return [
                 Finding("cluster", "driver", "wrong", f"it listens, but: {error}", todo),
@@ -215,8 +250,8 @@ def run(
             ]
 
 
-def _examine(ask: Ask, out: Path, token: str, gpus: float) -> list[Finding]:
-    answers = ask(facts.asker(str(out), token))
+def _examine(ask: Ask, tokens: dict[str, Path]) -> list[Finding]:
+    answers = ask(facts.asker({check: str(token) for check, token in tokens.items()}))
     sent = time.time()
     times = ask(facts.clock)  # of workers that are warm by now
     received = time.time()
@@ -228,33 +263,35 @@ def _examine(ask: Ask, out: Path, token: str, gpus: float) -> list[Finding]:
             todo = "see `ray status` and Ray's logs on the node, and restart it"
             silent.append(Finding("answer", node, "wrong", f"none: {error}", todo))
             continue
-        has = known["storage"]
-        has["same"] = has["read"] == token
-        has["read_back"] = bool(has["wrote"]) and _text(out / token / has["wrote"]) == has["wrote"]
+        for check, has in known["shared"].items():
+            token, wrote = tokens[check], has["wrote"]
+            has["same"] = has["read"] == token.name
+            has["read_back"] = bool(wrote) and _text(token / wrote) == wrote
         nodes[node] = {**known, "ahead": (times[node] - received, times[node] - sent)}
     driver = {"versions": facts.installed(), "code": facts.code()}
-    return [*silent, *judge(driver, nodes, gpus, str(out))]
+    folders = {check: str(token.parent) for check, token in tokens.items()}
+    return [*silent, *judge(driver, nodes, folders)]
 
 
 @contextmanager
-def _token(out: Path) -> Iterator[tuple[str, str | None]]:
-    """The name of a folder in `out` with the driver's file, whose text is that name; and what went
-    wrong, if anything. Both are gone afterwards, and `out` where it was not there before."""
-    token = f".lmsat-doctor-{uuid.uuid4().hex}"
-    made = [folder for folder in (out, *out.parents) if not folder.exists()]
+def _token(folder: Path) -> Iterator[tuple[Path, str | None]]:
+    """A folder in this one with the driver's file, whose text is its name; and what went wrong, if
+    anything. Both are gone afterwards, and `folder` where it was not there before."""
+    token = folder / f".lmsat-doctor-{uuid.uuid4().hex}"
+    made = [one for one in (folder, *folder.parents) if not one.exists()]
     problem = None
     try:
-        (out / token).mkdir(parents=True)
-        (out / token / "driver").write_text(token)
+        token.mkdir(parents=True)
+        (token / "driver").write_text(token.name)
     except OSError as error:
         problem = error.strerror or str(error)
     try:
         yield token, problem
     finally:
-        shutil.rmtree(out / token, ignore_errors=True)
-        for folder in made:
+        shutil.rmtree(token, ignore_errors=True)
+        for one in made:
             with suppress(OSError):
-                folder.rmdir()
+                one.rmdir()
 
 
 def _text(file: Path) -> str | None:
@@ -262,20 +299,6 @@ def _text(file: Path) -> str | None:
         return file.read_text()
     except OSError:
         return None
-
-
-def _closed(address: str) -> str | None:
-    """Why nothing can be sent to HOST:PORT or ray://HOST:PORT, if so. Ray itself asks for a minute.
-
-    Raises BadInput where it is no such address."""
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    if not host or not port.isdigit() or int(port) > 65535:
-        raise BadInput(f"--address: HOST:PORT or ray://HOST:PORT, not {address!r}")
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
-    except OSError as error:
-        return error.strerror or str(error)
-    return None
 
 
 def _store(uri: str | None, out: Path, folder: Path) -> list[Finding]:

@@ -33,17 +33,19 @@ SERVERS = {
 }
 
 
-def facts(out: str, token: str, resources: dict[str, float]) -> Facts:
+def facts(tokens: dict[str, str], resources: dict[str, float]) -> Facts:
     """Of the node that this runs on; sizes in bytes. `resources`: what Ray believes it has;
-    `token`: a folder in `out` where the driver has left a file, and every node leaves one."""
+    `tokens`: folders, each in one that is to be shared, where the driver has left a file, and every
+    node leaves one."""
+    folders = {str(Path(one).parent) for one in tokens.values()} | {tempfile.gettempdir()}
     shm = Path("/dev/shm")
     return {
         "versions": installed(),
         "code": code(),
         "gpus": _gpus(),
         "believed": resources.get("GPU", 0),
-        "storage": _storage(Path(out), Path(out, token)),
-        "free": {str(p): shutil.disk_usage(p).free for p in (out, tempfile.gettempdir()) if _is(p)},
+        "shared": {check: _shared(Path(one)) for check, one in tokens.items()},
+        "free": {one: shutil.disk_usage(one).free for one in sorted(folders) if _is(one)},
         "shm": shutil.disk_usage(shm).total if shm.is_dir() else None,
         "object_store": resources.get("object_store_memory", 0),
         "files": _files(),
@@ -52,9 +54,9 @@ def facts(out: str, token: str, resources: dict[str, float]) -> Facts:
     }
 
 
-def asker(out: str, token: str) -> Callable[[dict[str, float]], Facts]:
+def asker(tokens: dict[str, str]) -> Callable[[dict[str, float]], Facts]:
     """The same, of what a node's resources are still to come."""
-    return lambda resources: facts(out, token, resources)
+    return lambda resources: facts(tokens, resources)
 
 
 def clock(resources: dict[str, float]) -> float:
@@ -111,10 +113,10 @@ def _gpus() -> int | str:
     return int(done.stdout) if done.returncode == 0 else f"torch: {said[-1]}"
 
 
-def _storage(out: Path, folder: Path) -> dict[str, str | None]:
+def _shared(folder: Path) -> dict[str, str | None]:
     """What this node reads of the driver's file and writes for it: a name, and the name again
     inside."""
-    if not out.is_dir():
+    if not folder.parent.is_dir():
         return {"error": "not there", "read": None, "wrote": None}
     name = uuid.uuid4().hex
     try:

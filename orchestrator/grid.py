@@ -21,7 +21,7 @@ from pydantic import ValidationError
 
 from analysis.errors import BadInput
 from orchestrator import schema, search
-from trainables import backbones, corpus, frozen, heads
+from trainables import backbones, corpus, frozen, heads, zero
 
 SHIPPED = Path(__file__).parent / "grids"
 RECIPE = 2  # of training and probes: a change that moves results makes every id new
@@ -274,6 +274,7 @@ def _trial(
         least = 8192 if trial["kind"] == "rankfit" else 2048
         trial["probes"]["tokens"] = min(max(trial["train"]["tokens"] // 200, least), 65536)
     trial["head"] = _plain_head(trial["head"])
+    trial["deepspeed"] = _deepspeed(trial)
     told = [axis for axis in axes if axis not in _NAMED and _at(cell, axis) is not None]
     more = {".".join(axis): f"{axis[-1]}={_at(cell, axis)}" for axis in told}
     searched = ("train", "lr") in axes
@@ -364,6 +365,15 @@ def _impossible(trial: dict[str, Any]) -> str | None:
     else:
         d = backbones.width(trial["model"])
     return heads.impossible(trial["head"], d, trial["model"]["tied"])
+
+
+def _deepspeed(trial: dict[str, Any]) -> dict[str, Any]:
+    """With its defaults: those of the size where there are several workers or a GPU to train it."""
+    t, r = trial["train"], trial["resources"]
+    plain = trial["kind"] == "rankfit" or not (r["gpus"] or r["workers"] > 1)
+    size = None if plain else trial["model"]["size"] or "other"
+    share = t["batch"] // r["workers"]
+    return zero.settings(trial["deepspeed"], size, t["sequence"], share, t["precision"])
 
 
 def _plain_head(head: dict[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,8 @@ import polars as pl
 
 from analysis import records
 from analysis.errors import BadInput
-from orchestrator import ledger, sweep, tracking
+from orchestrator import cluster, ledger, tracking
+from orchestrator.place import Place
 from orchestrator.progress import Bar
 
 Settings = dict[str, Any]  # of a series; `trial` is a hash of all that changes what is found
@@ -24,6 +25,18 @@ def check_place(directory: Path) -> None:
     """Raises BadInput where the directory holds a sweep."""
     if (directory / "plan.json").exists():
         raise BadInput(f"--name: {directory} holds a sweep; give another name")
+
+
+def check_fits(there: Place, cpus: int, gpus: float = 0) -> int:
+    """Cores of the largest machine. Raises BadInput where no machine has what a worker wants."""
+    nodes = [node for node in there.nodes if node.most]
+    cores = max(node.cpus for node in nodes)
+    if cpus > cores:
+        raise BadInput(f"--cpus: {cpus} wanted, {there.name} has {cores}")
+    most = max(node.gpus for node in nodes)
+    if gpus > most:
+        raise BadInput(f"--gpus: {gpus:g} wanted, {there.name} has {most}")
+    return cores
 
 
 def check_same(directory: Path, series: dict[str, Settings], hardware: tuple[str, ...]) -> None:
@@ -97,7 +110,7 @@ class Measuring:
     ) -> None:
         """Do `work` on items, each with `trial` and `step`; `after` in this process. What is said
         of a step is written at once."""
-        for index, error in sweep.fan_out(work, ahead, items, cpus, gpus, self.bar):
+        for index, error in cluster.fan_out(work, ahead, items, cpus, gpus, self.bar):
             after(items[index])
             self._ended(items[index], error)
 

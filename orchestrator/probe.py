@@ -15,13 +15,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from pydantic import ValidationError
 
 from analysis import atomic, trajectories
 from analysis.errors import BadInput
-from orchestrator import ledger, measuring, plan, schema, series, tracking
+from orchestrator import cluster, ledger, measuring, schema, series, tracking
 from orchestrator.measuring import Measuring
 from orchestrator.progress import Bar
 from orchestrator.series import Series
@@ -113,11 +112,8 @@ def run(
     directory = directory.resolve()
     measuring.check_place(directory)
     uri = tracking.resolve(tracking_uri, directory.parent)
-    cores, count = plan.cores(), sum(len(one.sources) for one in found)
-    if wanted.cpus > cores:
-        raise BadInput(f"--cpus: {wanted.cpus} wanted, this machine has {cores}")
-    if wanted.gpus > torch.cuda.device_count():
-        raise BadInput(f"--gpus: {wanted.gpus:g} wanted, here are {torch.cuda.device_count()}")
+    there, count = cluster.look(bar), sum(len(one.sources) for one in found)
+    cores = measuring.check_fits(there, wanted.cpus, wanted.gpus)
     cpus = wanted.cpus or max(1, cores // max(1, count))
     if wanted.tasks:
         tasks.check(wanted.tasks)

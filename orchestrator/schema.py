@@ -174,21 +174,26 @@ class Train(_Section):
 
 
 class DeepSpeed(_Section):
-    """How the engine holds the model; changes cost, not results."""
+    """How the engine holds the model; changes cost, not results. With several workers or a GPU the
+    defaults are those of trainables/deepspeed.yaml for the size."""
 
-    stage: Annotated[Integer, Field(ge=0, le=3)] = 0
-    """Of ZeRO."""
+    stage: Annotated[Integer, Field(ge=0, le=3)] | None = None
+    """Of ZeRO; else 0."""
+    offload: bool | None = None
+    """Keep the optimizer in the machine's memory (stages 2 and 3); else no."""
     micro_batch: Positive | None = None
-    """Sequences a worker holds at once; by default its share of the batch."""
+    """Sequences a worker holds at once; else its share of the batch."""
 
 
 class Resources(_Section):
-    """Of one trial."""
+    """Of one trial; they change cost, not results."""
 
+    workers: Positive = 1
+    """Processes that train it together; cpus and gpus are of each."""
     cpus: Positive = 1
     """Cores, and threads."""
-    gpus: Real = 0
-    """GPUs; a fraction shares one."""
+    gpus: Share = 0
+    """1 for a GPU, which is all that a worker uses; a fraction shares one."""
 
 
 class Probes(_Section):
@@ -271,11 +276,24 @@ class Trial(_Section):
         return self
 
     @model_validator(mode="after")
-    def _whole_micro_batches(self) -> "Trial":
-        if self.train.batch % (self.deepspeed.micro_batch or 1):
+    def _whole_shares(self) -> "Trial":
+        batch, workers, gpus = self.train.batch, self.resources.workers, self.resources.gpus
+        if batch % workers:
+            raise ValueError(
+                f"resources.workers: {workers} cannot share train.batch, {batch}, evenly"
+            )
+        if batch // workers % (self.deepspeed.micro_batch or 1):
             raise ValueError(
                 f"deepspeed.micro_batch: {self.deepspeed.micro_batch} does not divide "
-                f"train.batch, {self.train.batch}"
+                + (
+                    f"train.batch, {batch}"
+                    if workers == 1
+                    else f"a worker's {batch // workers} sequences"
+                )
+            )
+        if workers > 1 and gpus % 1:
+            raise ValueError(
+                f"resources.gpus: {gpus:g}; several workers cannot share a GPU, give each a whole"
             )
         return self
 

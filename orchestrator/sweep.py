@@ -1,56 +1,69 @@
-"""Run a grid: the only module that knows Ray.
+"""Run a grid: Ray Tune decides what runs where, the ledger what runs at all.
 
-Ray Tune decides what runs where; the ledger decides what runs at all. Workers write records and
-checkpoints themselves, so the driver may die at any time.
+Workers write records and checkpoints themselves, so the driver may die at any time.
 """
 
 import contextlib
 import dataclasses
 import hashlib
 import json
+import math
 import os
-import signal
-import sys
-import tempfile
-import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import ray
-import ray.util.scheduling_strategies
+import fsspec
 import yaml
 from ray import tune
 
 from analysis import atomic, bound_figures, figures, ranks, tables, trajectories
 from analysis.errors import BadInput
-from orchestrator import ledger, plan, search, tracking
-from orchestrator.driver import Driver, Preparing, Watcher
+from orchestrator import cluster, ledger, place, plan, search, team, tracking
+from orchestrator.driver import Driver, Watcher
 from orchestrator.grid import Grid, blame, numbered
+from orchestrator.place import Place
 from trainables import corpus
 
 RETRIES = 2  # of a trial whose worker raised or was killed
 
 
 def run(
-    grid: Grid, out: Path, tracking_uri: str | None, cache: Path, watcher: Watcher
+    grid: Grid,
+    out: Path,
+    tracking_uri: str | None,
+    cache: Path,
+    watcher: Watcher,
+    address: str | None = None,
+    checkpoints: str | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Train what is not finished yet; the ledger's entries, by trial id.
 
-    Raises BadInput before anything is started or written where the grid cannot run here.
+    On the cluster at `address` or RAY_ADDRESS, else on a Ray of this machine; checkpoints go to a
+    folder or an fsspec URL of their own, else into the sweep's directory.
+    Raises BadInput before anything is started or written where the grid cannot run there.
     """
-    sweep, uri = out.resolve() / grid.name, tracking.resolve(tracking_uri, out)
+    out, cache = out.resolve(), cache.resolve()
+    sweep, uri = out / grid.name, tracking.resolve(tracking_uri, out)
     _check_same(grid, sweep)
-    plan.plan(grid, cache)
-    with blame(grid.path):
-        _check_text(grid, cache, watcher)
-    planned = plan.plan(grid, cache)  # again: the epochs are known now
-    if planned.features:
-        watcher.preparing(f"hidden states go to {cache}: {planned.features / 1e9:.2f} GB")
-    ledger.make(sweep, out)
-    with ledger.driving(sweep):
-        _keep(grid, planned.costs, sweep)
+    with contextlib.ExitStack() as stack:
+        if cluster.address(address):
+            stack.enter_context(cluster.on_ray(watcher, address))
+            there = cluster.here()
+            if any(t["resources"]["workers"] > 1 for t in grid.trials):
+                cluster.check_head()
+        else:
+            there = place.here()
+        plan.plan(grid, cache, there)
+        with blame(grid.path):
+            _check_text(grid, cache, watcher)
+        planned = plan.plan(grid, cache, there)  # again: the epochs are known now
+        if planned.features:
+            watcher.preparing(f"hidden states go to {cache}: {planned.features / 1e9:.2f} GB")
+        storage = _storage(checkpoints, sweep)
+        ledger.make(sweep, out)
+        stack.enter_context(ledger.driving(sweep))
+        _keep(grid, planned.costs, storage, sweep)
         watcher.preparing("opening MLflow")
         tracker = tracking.Tracker(uri, sweep, grid.name)
         tracker.describe(_note(grid, sweep), _hash(grid))
@@ -59,13 +72,42 @@ def run(
         try:
             while True:
                 if driver.pending:
-                    _tune(driver, cache)
-                if driver.pending or not _extend(driver, cache):
+                    _tune(driver, cache, storage, there)
+                if driver.pending or not _extend(driver, cache, there):
                     break
         finally:
             _show(sweep, tracker)
             tracker.close(finished=not driver.pending)
         return driver.entries
+
+
+def _storage(wanted: str | None, sweep: Path) -> str | None:
+    """Where checkpoints go, and went before. Raises BadInput where that changes, or nothing can be
+    written there."""
+    wanted = wanted and _writable(wanted)
+    if (sweep / "plan.json").is_file():
+        before: str | None = json.loads((sweep / "plan.json").read_text()).get("checkpoints")
+        if wanted and wanted != before:
+            raise BadInput(
+                f"--checkpoints: those of {sweep} are in {before or 'its own directory'}; "
+                "leave the option out"
+            )
+        return before
+    return wanted
+
+
+def _writable(place: str) -> str:
+    """The folder, absolute, or the URL, where something could be written there."""
+    place = place if "://" in place else str(Path(place).resolve())
+    try:
+        files, folder = fsspec.url_to_fs(place)
+        files.makedirs(folder, exist_ok=True)
+        files.pipe_file(f"{folder}/.lmsat", b"written to see whether that can be done")
+        files.rm_file(f"{folder}/.lmsat")
+    except Exception as error:  # each store has its own
+        said = " ".join(str(error).split()) or type(error).__name__
+        raise BadInput(f"--checkpoints: cannot write to {place}: {said}") from None
+    return place
 
 
 def _check_same(grid: Grid, sweep: Path) -> None:
@@ -97,8 +139,9 @@ def _check_text(grid: Grid, cache: Path, watcher: Watcher) -> None:
                 )
 
 
-def _keep(grid: Grid, costs: list[plan.Cost], sweep: Path) -> None:
-    kept = {"grid": grid.raw, "trials": [dataclasses.asdict(c) for c in costs]}
+def _keep(grid: Grid, costs: list[plan.Cost], storage: str | None, sweep: Path) -> None:
+    trials = [dataclasses.asdict(c) for c in costs]
+    kept = {"grid": grid.raw, "checkpoints": storage, "trials": trials}
     atomic.write_text(sweep / "plan.json", json.dumps(kept, indent=1))
     atomic.write_text(sweep / "grid.yaml", yaml.safe_dump(grid.raw, sort_keys=False))
 
@@ -115,7 +158,7 @@ def _hash(grid: Grid) -> str:
     return hashlib.sha256(ids.encode()).hexdigest()[:12]
 
 
-def _extend(driver: Driver, cache: Path) -> bool:
+def _extend(driver: Driver, cache: Path, there: Place) -> bool:
     """Add trials where the best learning rate of a search lies on the edge of those tried; whether
     there are any."""
     trials = [entry["trial"] for entry in driver.entries.values()]
@@ -125,7 +168,7 @@ def _extend(driver: Driver, cache: Path) -> bool:
     ]
     if more:
         driver.watcher.preparing(f"{len(more)} searches have their best rate on the edge: going on")
-        driver.add(more, plan.of(more, cache))
+        driver.add(more, plan.of(more, cache, there))
     return bool(more)
 
 
@@ -144,7 +187,7 @@ def _show(sweep: Path, tracker: tracking.Tracker) -> None:
             tracker.artifact(bound_figures.w_error(backbone, points, path))
 
 
-def _tune(driver: Driver, cache: Path) -> None:
+def _tune(driver: Driver, cache: Path, storage: str | None, there: Place) -> None:
     """Run the pending trials to their end, or until the user asks to stop."""
     os.environ.update(
         TUNE_DISABLE_AUTO_CALLBACK_LOGGERS="1",
@@ -160,19 +203,29 @@ def _tune(driver: Driver, cache: Path) -> None:
 
     def resources(config: dict[str, Any]) -> tune.PlacementGroupFactory:
         wanted = trials[config["pack"][0]]["resources"]
-        return tune.PlacementGroupFactory([{"CPU": wanted["cpus"], "GPU": wanted["gpus"]}])
+        if wanted["workers"] == 1:
+            return tune.PlacementGroupFactory([{"CPU": wanted["cpus"], "GPU": wanted["gpus"]}])
+        # This is who waits for the workers: on the head, which stays, and no more of them than
+        # there can be teams.
+        _, teams = place.at_once(there, wanted["workers"], wanted["cpus"], wanted["gpus"])
+        return tune.PlacementGroupFactory([{cluster.HEAD: math.floor(1e4 / teams) / 1e4}])
 
-    with on_ray(driver.watcher) as neutral, _stop_on_signal(stop_file, driver.watcher):
+    with cluster.on_ray(driver.watcher) as neutral, _stop_on_signal(stop_file, driver.watcher):
         tune.Tuner(
             tune.with_resources(_work, resources),
             param_space={
                 "pack": tune.grid_search(packs),
                 "sweep": str(driver.sweep),
-                "cache": str(cache.resolve()),
+                "cache": str(cache),
+                "storage": storage,
             },
             tune_config=tune.TuneConfig(
-                # A destroyed ZeRO-3 engine is not freed.
-                reuse_actors=all(t["deepspeed"]["stage"] < 3 for t in trials.values()),
+                # A destroyed ZeRO-3 engine is not freed; and who waits for workers in vain
+                # is stopped by its end alone.
+                reuse_actors=all(
+                    t["deepspeed"]["stage"] < 3 and t["resources"]["workers"] == 1
+                    for t in trials.values()
+                ),
                 trial_dirname_creator=lambda trial: trial.config["pack"][0],
             ),
             run_config=tune.RunConfig(
@@ -184,165 +237,6 @@ def _tune(driver: Driver, cache: Path) -> None:
                 verbose=0,
             ),
         ).fit()
-
-
-@contextlib.contextmanager
-def on_ray(watcher: Preparing, address: str | None = None) -> Iterator[str]:
-    """Ray, that of the cluster at `address` or RAY_ADDRESS, or else started here where it is not
-    running yet; within, the current directory is a neutral one of its own: Ray puts the driver's
-    first on its workers' path, and a user's own folder named `analysis` there would be taken for
-    ours."""
-    os.environ.update(
-        RAY_USAGE_STATS_ENABLED="0",
-        RAY_worker_niceness="0",  # workers at Ray's 15 starve beside anything else
-    )
-    address = address or os.environ.get("RAY_ADDRESS")
-    with tempfile.TemporaryDirectory(prefix="lmsat-") as neutral, contextlib.chdir(neutral):
-        started_here = not ray.is_initialized()
-        if started_here:
-            watcher.preparing(f"connecting to {address}" if address else "starting Ray")
-            ray.init(
-                address=address or "local",  # and not what else may run on this machine
-                num_cpus=None if address else plan.cores(),
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level="ERROR",
-                configure_logging=True,
-            )
-        try:
-            yield neutral
-        finally:
-            if started_here:
-                ray.shutdown()
-
-
-def fan_out(
-    work: Callable[[Any], None],
-    ahead: Callable[[Any], None],
-    items: list[Any],
-    cpus: int,
-    gpus: float,
-    watcher: Preparing,
-) -> Iterator[tuple[int, str | None]]:
-    """Do `work` on every item, as many at once as there is room for; (index, error or None) of
-    each as it ends. While a worker is at one item it looks `ahead` to one more.
-
-    Raises KeyboardInterrupt on Ctrl-C, but never in the middle of what is done with an answer.
-    """
-    if not items:
-        return
-    with on_ray(watcher), _asked_to_stop() as asked:
-        have = ray.cluster_resources()
-        room = min(have.get("CPU", 1) / cpus, have.get("GPU", 0) / gpus if gpus else len(items))
-        hire = ray.remote(num_cpus=cpus, num_gpus=gpus)(_Worker).remote
-        waiting = list(range(len(items)))[::-1]
-        busy: dict[Any, tuple[Any, int, int | None]] = {}
-
-        def give(worker: Any, index: int) -> None:
-            following = waiting.pop() if waiting else None
-            then = None if following is None else items[following]
-            busy[worker.do.remote(work, items[index], ahead, then)] = (worker, index, following)
-
-        # One for each worker before any is taken ahead.
-        for index in [waiting.pop() for _ in range(max(1, min(int(room), len(items))))]:
-            give(hire(), index)
-        watcher.preparing("measuring")
-        while busy:
-            ended, _ = ray.wait(list(busy), timeout=0.2)
-            if asked:
-                raise KeyboardInterrupt
-            for done in ended:
-                worker, index, following = busy.pop(done)
-                try:
-                    error = ray.get(done)
-                except ray.exceptions.RayError:
-                    error, worker = "its worker died", hire()
-                yield index, error
-                if following is not None or waiting:
-                    give(worker, waiting.pop() if following is None else following)
-
-
-@contextlib.contextmanager
-def every_node(
-    watcher: Preparing, address: str | None = None, seconds: float = 120
-) -> Iterator[Callable[[Callable[[dict[str, float]], Any]], dict[str, Any]]]:
-    """What does `work` once on every node, though all its CPUs be taken, and gives the answer by
-    node, or the exception; `work` is given what Ray believes the node has. It travels whole with
-    its module: the node may have another lmsat, or none.
-
-    Raises ConnectionError where there is no such cluster, or it refuses."""
-
-    def ask(work: Callable[[dict[str, float]], Any]) -> dict[str, Any]:
-        module = sys.modules[work.__module__]
-        nodes = [node for node in ray.nodes() if node["Alive"]]
-        names = [node["NodeName"] for node in nodes]
-        waiting, answers = {}, {}
-        ray.cloudpickle.register_pickle_by_value(module)
-        try:
-            for node, name in zip(nodes, names, strict=True):
-                id = node["NodeID"]
-                there = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(id, False)
-                task = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=there)(work)
-                label = name if names.count(name) == 1 else f"{name}/{id[:6]}"
-                waiting[label] = task.remote(node["Resources"])
-        finally:
-            ray.cloudpickle.unregister_pickle_by_value(module)
-        until = time.monotonic() + seconds
-        for label, task in waiting.items():
-            try:
-                answers[label] = ray.get(task, timeout=max(0.0, until - time.monotonic()))
-            except Exception as error:
-                lines = str(error).strip().splitlines() or [type(error).__name__]
-                answers[label] = RuntimeError(lines[-1])
-        return answers
-
-    with contextlib.ExitStack() as stack:
-        try:
-            stack.enter_context(on_ray(watcher, address))
-        except (OSError, RuntimeError, ray.exceptions.RayError) as error:
-            raise ConnectionError(" ".join(str(error).split())) from None
-        yield ask
-
-
-@contextlib.contextmanager
-def _asked_to_stop() -> Iterator[list[int]]:
-    """Not empty after Ctrl-C or SIGTERM; a second one raises KeyboardInterrupt at once."""
-    asked: list[int] = []
-
-    def ask(number: int, frame: Any) -> None:
-        if asked:
-            raise KeyboardInterrupt
-        asked.append(number)
-
-    with _handling(ask):
-        yield asked
-
-
-class _Worker:
-    """A process that does one thing after another."""
-
-    def do(
-        self, work: Callable[[Any], None], item: Any, ahead: Callable[[Any], None], then: Any
-    ) -> str | None:
-        """What went wrong, if anything. What goes wrong ahead will again when its turn comes."""
-
-        def look() -> None:
-            with contextlib.suppress(Exception):
-                ahead(then)
-
-        thread = threading.Thread(target=look) if then is not None else None
-        if thread:
-            thread.start()
-        try:
-            work(item)
-        except BadInput as error:
-            return str(error)
-        except Exception as error:
-            return f"{type(error).__name__}: {error}".split("\n")[0]
-        finally:
-            if thread:
-                thread.join()
-        return None
 
 
 class _ForThisProcess:
@@ -357,6 +251,7 @@ class _Callback(_ForThisProcess, tune.Callback):  # type: ignore[misc]
 
     def __init__(self, driver: Driver) -> None:
         self.driver = driver
+        self.groups: dict[str, str] = {}  # of teams at work
 
     def on_trial_start(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
         for id in trial.config["pack"]:
@@ -365,16 +260,28 @@ class _Callback(_ForThisProcess, tune.Callback):  # type: ignore[misc]
     def on_trial_result(
         self, iteration: int, trials: Any, trial: Any, result: Any, **info: Any
     ) -> None:
+        if result["group"]:
+            self.groups[trial.trial_id] = result["group"]
         for news in result["news"]:
             self.driver.on_result(news)
+
+    def on_trial_recover(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+        self._free(trial)
 
     def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
         for id in trial.config["pack"]:
             self.driver.on_end(id)
 
     def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+        self._free(trial)
         for id in trial.config["pack"]:
             self.driver.on_end(id, _last_line(trial.error_file))
+
+    def _free(self, trial: Any) -> None:
+        """A team's room outlives who waited for it, where there is no dashboard for Train's own
+        cleaner to ask (ray#54305)."""
+        if group := self.groups.pop(trial.trial_id, None):
+            cluster.free(group)
 
 
 class _Stopper(_ForThisProcess, tune.Stopper):  # type: ignore[misc]
@@ -391,26 +298,16 @@ class _Stopper(_ForThisProcess, tune.Stopper):  # type: ignore[misc]
 
 
 def _work(config: dict[str, Any]) -> None:
-    """One pack, in a Ray worker."""
-    from trainables import pretrain, rankfit
+    """One pack, in a Tune trial."""
 
-    sweep, cache = Path(config["sweep"]), Path(config["cache"])
-    trials = [ledger.entry(sweep, id)["trial"] for id in config["pack"]]
-    stop = (sweep / "stop").exists
+    def report(news: team.News, group: str | None = None) -> None:
+        tune.report({"news": news, "group": group})
 
-    def report(news: list[dict[str, Any]]) -> None:
-        tune.report({"news": news})
-
-    if trials[0]["kind"] == "rankfit":
-        outcomes = rankfit.fit(trials, sweep, cache, report, stop)
+    wanted = ledger.entry(Path(config["sweep"]), config["pack"][0])["trial"]["resources"]
+    if wanted["workers"] == 1:
+        team.alone({**config, "rank": 0}, report)
     else:
-        outcomes = {
-            trial["id"]: pretrain.train(trial, sweep, cache, lambda one: report([one]), stop)
-            for trial in trials
-        }
-    for id, outcome in outcomes.items():
-        if outcome.status in ledger.FINISHED:
-            ledger.conclude(sweep, id, outcome.status, outcome.step)
+        team.together(config, wanted, str(Path.cwd()), report)
 
 
 @contextlib.contextmanager
@@ -423,19 +320,8 @@ def _stop_on_signal(stop_file: Path, watcher: Watcher) -> Iterator[None]:
         stop_file.touch()
         watcher.stopping()
 
-    with _handling(ask):
+    with cluster.handling(ask):
         yield
-
-
-@contextlib.contextmanager
-def _handling(ask: Callable[[int, Any], None]) -> Iterator[None]:
-    """Ctrl-C and SIGTERM."""
-    before = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _last_line(error_file: str | None) -> str:

@@ -16,7 +16,9 @@ from rich.text import Text
 from analysis import atomic, ranks, tables
 from analysis.ranks import TOLERANCE
 from orchestrator import ledger, tracking
-from orchestrator.plan import Plan
+from orchestrator.fits import GPU_SHARE
+from orchestrator.plan import Cost, Plan
+from orchestrator.sizes import Size
 
 
 def print_json(value: Any) -> None:
@@ -70,6 +72,7 @@ def short(value: float | None, unit: str = "") -> str:
     if value is None:
         return "-"
     for scale, letter in (
+        (1e21, "Z"),
         (1e18, "E"),
         (1e15, "P"),
         (1e12, "T"),
@@ -104,21 +107,17 @@ def _clock(seconds: float) -> str:
 
 def print_plan(plan: Plan, notices: list[str], as_json: bool) -> None:
     if as_json:
-        trials = [asdict(cost) for cost in plan.costs]
-        print_json(
-            {
-                "trials": trials,
-                "packs": [asdict(pack) for pack in plan.packs],
-                "at_once": plan.at_once,
-                "hours": plan.hours,
-                "features": plan.features,
-                "notices": notices,
-            }
-        )
+        found = asdict(plan)
+        more = {"utilisation": GPU_SHARE if plan.speeds else None, "notices": notices}
+        print_json({"trials": found.pop("costs"), **found, **more})
         return
     for notice in notices:
         print(f"note: {notice}")
-    headers = ("trial", "id", "N", "N-emb", "tokens", "epochs", "FLOPs", "memory", "time")
+    spread = any(c.workers > 1 or c.gpus for c in plan.costs)
+    gpu = any(c.gpus for c in plan.costs)
+    how = ("workers", "stage", "micro-batch") if spread else ()
+    memory = "GB a GPU" if gpu else "memory"
+    headers = ("trial", "id", "N", "N-emb", "tokens", "epochs", "FLOPs", *how, memory, "time")
     rows = [
         (
             c.name,
@@ -128,7 +127,8 @@ def print_plan(plan: Plan, notices: list[str], as_json: bool) -> None:
             short(c.tokens),
             short(c.epochs),
             short(c.flops),
-            short(c.memory, "B"),
+            *(_held(c) if spread else ()),
+            _gb(c.memory) if gpu else short(c.memory, "B"),
             _clock(c.seconds),
         )
         for c in plan.costs
@@ -143,14 +143,24 @@ def print_plan(plan: Plan, notices: list[str], as_json: bool) -> None:
         short(tokens),
         "",
         short(flops),
+        *("" for _ in how),
         "",
         _clock(seconds),
     )
     print_table(headers, [*rows, total])
-    print(
-        f"\n{plan.at_once} at once here: about {duration(plan.hours * 3600)}\n"
-        "Estimates; on a CPU within a factor of two for linear heads."
-    )
+    _print_sizes(plan.sizes, gpu)
+    where = "here" if plan.place == "this machine" else f"on {plan.place}"
+    grown = ", which must grow first" if plan.waits else ""
+    print(f"\n{plan.at_once} at once {where}{grown}: about {duration(plan.hours * 3600)}")
+    if plan.speeds:
+        peaks = " or ".join(f"{speed / 1e12:.4g}" for speed in plan.speeds)
+        hours = sum(c.seconds * c.workers * c.gpus for c in plan.costs) / 3600
+        print(
+            f"{_hours(hours)} GPU-hours at {100 * GPU_SHARE:.0f} % of {peaks} TFLOP/s, which is "
+            "assumed; without what GPUs send each other."
+        )
+    else:
+        print("Estimates; on a CPU within a factor of two for linear heads.")
     shares = sorted({round(100 * c.probes / c.seconds) for c in plan.costs})
     print(f"measuring: {' to '.join(map(str, shares[:1] + shares[1:][-1:]))} % of a trial's time")
     for pack in plan.packs:
@@ -161,6 +171,52 @@ def print_plan(plan: Plan, notices: list[str], as_json: bool) -> None:
             )
     if plan.features:
         print(f"hidden states kept on disk: {short(plan.features, 'B')}")
+
+
+def _held(c: Cost) -> tuple[str, str, str]:
+    """How many workers hold the model, and how."""
+    offload = "+offload" if c.offload else ""
+    return str(c.workers), f"{c.stage}{offload}", str(c.micro_batch or "share")
+
+
+def _print_sizes(sizes: list[Size], gpu: bool) -> None:
+    """What models take by ZeRO's stage."""
+    if not sizes:
+        return
+    each = "GPU" if gpu else "worker"
+    print_table(
+        ("", "workers", *(f"stage {k}" for k in range(4)), "best", "GB", "hours", "GPU-hours"),
+        [
+            (
+                size.name,
+                str(size.workers),
+                *(f"{_gb(a)} / {_gb(b)}" for a, b in zip(size.states, size.totals, strict=True)),
+                *_best(size),
+                _hours(size.hours),
+                _hours(size.gpu_hours) if gpu else "-",
+            )
+            for size in sizes
+        ],
+        title=f"\nGB on one {each} by ZeRO's stage: model states / all, one sequence at a time.\n"
+        "best: the least stage that fits x its largest micro-batch, whatever the grid has chosen",
+    )
+
+
+def _best(size: Size) -> tuple[str, str]:
+    if size.best is None or size.best_total is None:
+        return "none", "-"
+    offload = "+offload" if size.best.offload else ""
+    return f"{size.best.stage}{offload} x {size.best.micro_batch}", _gb(size.best_total)
+
+
+def _hours(hours: float) -> str:
+    return f"{hours:,.0f}" if hours >= 100 else f"{hours:.3g}"
+
+
+def _gb(size: float) -> str:
+    """Bytes as GB: 110, 37.7, 0.23."""
+    size /= 1e9
+    return f"{size:.0f}" if size >= 100 else f"{size:.1f}" if size >= 1 else f"{size:.2g}"
 
 
 def print_results(

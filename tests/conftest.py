@@ -102,18 +102,36 @@ LOADED = (
     "trainables.rankfit",
     "transformers.models.gpt_neox.modeling_gpt_neox",
     "deepspeed",
+    "deepspeed.runtime.zero.muon.muon_optimizer",  # loads torch's compiler, in every engine
 )
 
 
 def two_workers(work: Callable[..., None], *args: Any) -> None:
     """`work(rank, store, *args)` in two processes at once, forked off one that has loaded what a
     worker needs; `store` is a file where they meet."""
+    _start(2, work, *args)
+
+
+def in_world(workers: int, work: Callable[..., None], *args: Any) -> None:
+    """`work(*args)` in so many such processes, which have met already."""
+    _start(workers, _meet, workers, work, *args)
+
+
+def _start(workers: int, work: Callable[..., None], *args: Any) -> None:
     multiprocessing.set_forkserver_preload([*LOADED])
     with tempfile.TemporaryDirectory() as folder:
         store = Path(folder) / "store"
         torch.multiprocessing.start_processes(
-            work, (store, *args), nprocs=2, start_method="forkserver"
+            work, (store, *args), nprocs=workers, start_method="forkserver"
         )
+
+
+def _meet(rank: int, store: Path, workers: int, work: Callable[..., None], *args: Any) -> None:
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(workers))
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=workers
+    )
+    work(*args)
 
 
 def zipf_counts(vocabulary: int, words: int, n: int) -> ngrams.Counts:

@@ -141,6 +141,8 @@ class Shape(NamedTuple):
 
     d: int
     layers: int
+    heads: int
+    """Of attention."""
     embedding: int
     """Parameters of the input embedding; the model's own untied full head has as many."""
     body: int
@@ -162,6 +164,7 @@ def shape(config: Any, field: str = "model.config") -> Shape:
     return Shape(
         d=head.shape[1],
         layers=config.get_text_config().num_hidden_layers,
+        heads=getattr(config.get_text_config(), "num_attention_heads", None) or 0,
         embedding=embedding.numel(),
         body=sum(p.numel() for p in model.parameters()) - sum(apart.values()),
         vocabulary=head.shape[0],

@@ -1,96 +1,278 @@
-"""Atomic, verified save and resume.
+"""Atomic, verified save and resume: on a disk that the workers share, or at any fsspec URL.
 
     checkpoints/step-000000120/{engine/…, generators-<rank>.json, state.json, manifest.json}
 
-A checkpoint appears whole, by one rename, with a checksum of every file in it; what fails its
-checksums is passed over, loudly, for the one before.
+Each worker writes its own shards and sends their checksums to the first, whose manifest commits
+the whole: by one rename on a disk, by writing it last at a URL. What has no manifest does not
+exist; what fails its checksums is passed over, loudly, for the one before.
 """
 
 import base64
+import contextlib
 import hashlib
 import json
 import logging
+import math
 import os
 import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from trainables import engine
+
 log = logging.getLogger(__name__)
 
+_MANIFEST = "manifest.json"
+# How far two losses of the same weights and text may lie apart, relatively: other hardware rounds
+# otherwise. In bf16 they were 6e-5 from those in fp32 of the same rounded weights.
+AGREE = {"fp32": 1e-4, "bf16": 1e-3}
 
-def save(engine: Any, folder: Path, state: dict[str, Any], keep: int = 1) -> None:
+
+@dataclass(frozen=True)
+class Saved:
+    """The last whole checkpoint, on this machine for as long as `latest` holds it."""
+
+    folder: Path
+    shards: Path
+    """What the engine reads: the folder's, or what they were converted to."""
+    state: dict[str, Any]
+    universal: bool
+    """Written by another number of workers: the engine is to be started with universal=True."""
+
+
+def place(storage: str | None, sweep: Path, trial: str) -> str:
+    """The folder or URL of a trial's checkpoints: in the sweep, or under `storage`."""
+    if storage:
+        return f"{storage.rstrip('/')}/{trial}"
+    return str(sweep / "trials" / trial / "checkpoints")
+
+
+def save(run: Any, folder: str | Path, state: dict[str, Any], keep: int = 1) -> None:
     """Commit the engine, the generators and `state` (which has a step) and drop older checkpoints.
 
-    Every worker calls it; the folder is shared by all of them.
+    Every worker calls it. `folder` is one that all of them share, or a URL that fsspec knows
+    (s3://, gs://, …), whose credentials are those of its own configuration.
     """
-    rank, final = dist.get_rank(), folder / f"step-{state['step']:09d}"
-    partial = folder / f".partial-{final.name}"
+    rank, name = dist.get_rank(), f"step-{state['step']:09d}"
+    where = _open(folder)
     if rank == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+        where.clear(name)
     dist.barrier()
-    engine.save_checkpoint(str(partial), tag="engine")
-    (partial / f"generators-{rank}.json").write_text(json.dumps(_generators()))
-    dist.barrier()
+    with where.desk(name) as desk:
+        # DeepSpeed writes what is this worker's to write, and nobody else's.
+        run.save_checkpoint(str(desk), tag="engine", save_latest=False)
+        (desk / f"generators-{rank}.json").write_text(json.dumps(_generators()))
+        if rank == 0:
+            facts = {"world": dist.get_world_size(), "stage": run.zero_optimization_stage()}
+            (desk / "state.json").write_text(json.dumps({**state, **facts}))
+        # Without the scripts that it adds.
+        files = sorted(f for f in desk.rglob("*") if f.is_file() and f.suffix != ".py")
+        sums = {f.relative_to(desk).as_posix(): _digest(f) for f in files}
+        for file in sums:
+            where.put(desk, name, file)
+    found = _gather(sums)
     if rank == 0:
-        facts = {"world": dist.get_world_size(), "stage": engine.zero_optimization_stage()}
-        (partial / "state.json").write_text(json.dumps({**state, **facts}))
-        sums = {str(f.relative_to(partial)): _digest(f) for f in _files(partial)}
-        (partial / "manifest.json").write_text(json.dumps(sums))
-        for file in _files(partial):
-            _sync(file)
-        shutil.rmtree(final, ignore_errors=True)
-        os.rename(partial, final)
-        _sync(folder)
-        for old in sorted(folder.glob("step-*"))[:-keep]:
-            shutil.rmtree(old)
+        where.commit(name, json.dumps({k: v for part in found for k, v in part.items()}))
+        # What is later than this one was damaged, or it would have been gone on from.
+        known = [n for n in where.names() if n <= name]
+        where.drop({*known[:keep]})
     dist.barrier()
 
 
-def load(engine: Any, folder: Path) -> dict[str, Any] | None:
-    """Bring the engine and the generators to the last whole checkpoint; its state, or None.
+@contextlib.contextmanager
+def latest(folder: str | Path, stage: int) -> Iterator[Saved | None]:
+    """The last whole checkpoint, for `load`; what was fetched or converted is gone afterwards.
 
-    Raises RuntimeError where it was written by another number of workers or ZeRO stage.
+    Every worker calls it, before it starts its engine. Raises RuntimeError where the checkpoint
+    was written by another ZeRO stage: DeepSpeed knows no way from one to the other.
     """
-    latest = [_latest(folder) if dist.get_rank() == 0 else None]
-    dist.broadcast_object_list(latest)
-    if latest[0] is None:
-        return None
-    state: dict[str, Any] = json.loads((latest[0] / "state.json").read_text())
-    here = {"world": dist.get_world_size(), "stage": engine.zero_optimization_stage()}
-    for what, value in here.items():
-        if state[what] != value:
-            raise RuntimeError(
-                f"{latest[0]}: written with {what} {state[what]}, cannot go on with {what} {value}"
+    where, world = _open(folder), dist.get_world_size()
+    with tempfile.TemporaryDirectory(prefix="lmsat-") as own:
+        # Workers of one machine share the folder of the first of them.
+        near = next(Path(path) for path in _gather(own) if Path(path).exists())
+        first = str(near) == own
+        for name in _gather(where.names())[0]:
+            path, bad = where.fetch(name, near, first)
+            if not (bad := sorted({b for part in _gather(bad) for b in part})):
+                break
+            log.warning(
+                "%s/%s is damaged (%s): trying the one before", folder, name, ", ".join(bad)
             )
-    engine.load_checkpoint(str(latest[0]), tag="engine")
-    rank = dist.get_rank()
-    _restore(json.loads((latest[0] / f"generators-{rank}.json").read_text()))
-    return state
+        else:
+            yield None
+            return
+        state: dict[str, Any] = json.loads((path / "state.json").read_text())
+        if state["stage"] != stage:
+            raise RuntimeError(
+                f"{folder}/{name}: written with stage {state['stage']}, cannot go on with stage "
+                f"{stage}"
+            )
+        universal = stage > 0 and state["world"] != world  # stage 0 keeps all in one file
+        shards = near / "universal" if universal else path
+        if universal and first:
+            engine.convert(path / "engine", shards / "engine")
+        dist.barrier()
+        yield Saved(path, shards, state, universal)
+        dist.barrier()  # the folder stays until all have read it
+
+
+def load(run: Any, saved: Saved) -> None:
+    """Bring the engine and this worker's generators, where it was there, to the checkpoint."""
+    engine.restore(run, saved.shards, saved.universal)
+    generators = saved.folder / f"generators-{dist.get_rank()}.json"
+    if generators.exists():
+        _restore(json.loads(generators.read_text()))
+
+
+def check(saved: Saved, loss: float, precision: str) -> None:
+    """Raise RuntimeError unless `loss`, of the text to come, is the one in its state ("ahead")."""
+    before = saved.state["ahead"]
+    for now in _gather(loss):
+        same = math.isclose(now, before, rel_tol=AGREE[precision])
+        if not same and not (math.isnan(now) and math.isnan(before)):
+            raise RuntimeError(
+                f"the checkpoint of step {saved.state['step']} does not go on where it was "
+                f"written: the loss ahead was {before:.6f} then and is {now:.6f} now"
+            )
 
 
 def verify(checkpoint: Path) -> list[str]:
     """What is wrong with a checkpoint: nothing, or its missing and damaged files."""
     try:
-        sums = json.loads((checkpoint / "manifest.json").read_text())
+        sums = json.loads((checkpoint / _MANIFEST).read_text())
     except (OSError, ValueError):
-        return ["manifest.json"]
+        return [_MANIFEST]
+    return _wrong(checkpoint, sums, list(sums))
+
+
+class _Disk:
+    """A folder that all workers share."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def clear(self, name: str) -> None:
+        shutil.rmtree(self._partial(name), ignore_errors=True)
+        self._partial(name).mkdir(parents=True)
+
+    def _partial(self, name: str) -> Path:
+        return self.folder / f".partial-{name}"
+
+    @contextlib.contextmanager
+    def desk(self, name: str) -> Iterator[Path]:
+        """Where this worker writes, before it puts its files to those of the others."""
+        with tempfile.TemporaryDirectory(dir=self._partial(name)) as own:
+            yield Path(own)
+
+    def put(self, desk: Path, name: str, file: str) -> None:
+        target = self._partial(name) / file
+        target.parent.mkdir(exist_ok=True)
+        _sync(desk / file)
+        os.rename(desk / file, target)
+
+    def commit(self, name: str, manifest: str) -> None:
+        partial, final = self._partial(name), self.folder / name
+        (partial / _MANIFEST).write_text(manifest)
+        for path in (partial / _MANIFEST, partial / "engine", partial):
+            _sync(path)
+        shutil.rmtree(final, ignore_errors=True)
+        os.rename(partial, final)
+        _sync(self.folder)
+
+    def names(self) -> list[str]:
+        """Of the checkpoints there are, the last one first."""
+        return sorted(p.parent.name for p in self.folder.glob(f"step-*/{_MANIFEST}"))[::-1]
+
+    def drop(self, kept: set[str]) -> None:
+        for path in (*self.folder.glob("step-*"), *self.folder.glob(".partial-*")):
+            if path.name not in kept:
+                shutil.rmtree(path)
+
+    def fetch(self, name: str, near: Path, first: bool) -> tuple[Path, list[str]]:
+        """A checkpoint's folder, and what is wrong with this worker's part of its files."""
+        path, rank = self.folder / name, dist.get_rank()
+        try:
+            sums = json.loads((path / _MANIFEST).read_text())
+        except (OSError, ValueError):
+            return path, [_MANIFEST]
+        return path, _wrong(path, sums, sorted(sums)[rank :: dist.get_world_size()])
+
+
+class _Remote:
+    """A folder at a URL: its files come and go through this machine's temporary folder."""
+
+    def __init__(self, files: Any, root: str) -> None:
+        self.files, self.root = files, root.rstrip("/")
+
+    def clear(self, name: str) -> None:
+        if self.files.exists(f"{self.root}/{name}"):
+            self.files.rm(f"{self.root}/{name}", recursive=True)
+
+    @contextlib.contextmanager
+    def desk(self, name: str) -> Iterator[Path]:
+        with tempfile.TemporaryDirectory(prefix="lmsat-") as own:
+            yield Path(own)
+
+    def put(self, desk: Path, name: str, file: str) -> None:
+        self.files.put_file(str(desk / file), f"{self.root}/{name}/{file}")
+
+    def commit(self, name: str, manifest: str) -> None:
+        self.files.pipe_file(f"{self.root}/{name}/{_MANIFEST}", manifest.encode())
+
+    def names(self) -> list[str]:
+        self.files.invalidate_cache()
+        found = self.files.glob(f"{self.root}/step-*/{_MANIFEST}")
+        return sorted((path.split("/")[-2] for path in found), reverse=True)
+
+    def drop(self, kept: set[str]) -> None:
+        for path in self.files.glob(f"{self.root}/step-*"):
+            if path.split("/")[-1] not in kept:
+                self.files.rm(path, recursive=True)
+
+    def fetch(self, name: str, near: Path, first: bool) -> tuple[Path, list[str]]:
+        path = near / name
+        if not first:
+            return path, []
+        try:
+            sums = json.loads(self.files.cat_file(f"{self.root}/{name}/{_MANIFEST}"))
+        except (FileNotFoundError, ValueError):
+            return path, [_MANIFEST]
+        for file in sums:
+            (path / file).parent.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(FileNotFoundError):
+                self.files.get_file(f"{self.root}/{name}/{file}", str(path / file))
+        if bad := _wrong(path, sums, list(sums)):
+            shutil.rmtree(path)
+        return path, bad
+
+
+def _open(folder: str | Path) -> _Disk | _Remote:
+    """Raises ValueError or ImportError, of fsspec, for a URL that nothing here can reach."""
+    if "://" not in str(folder):
+        return _Disk(Path(folder))
+    import fsspec  # a third of a second
+
+    return _Remote(*fsspec.url_to_fs(str(folder)))
+
+
+def _wrong(checkpoint: Path, sums: dict[str, str], files: list[str]) -> list[str]:
+    """Which of these files are missing or damaged."""
     return [
-        name
-        for name, digest in sums.items()
-        if not (checkpoint / name).is_file() or _digest(checkpoint / name) != digest
+        f for f in files if not (checkpoint / f).is_file() or _digest(checkpoint / f) != sums[f]
     ]
 
 
-def _latest(folder: Path) -> Path | None:
-    for checkpoint in sorted(folder.glob("step-*"), reverse=True):
-        if not (bad := verify(checkpoint)):
-            return checkpoint
-        log.warning("%s is damaged (%s): trying the one before", checkpoint, ", ".join(bad))
-    return None
+def _gather(value: Any) -> list[Any]:
+    """The value of every worker, on every worker."""
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, value)
+    return found
 
 
 def _generators() -> dict[str, str]:
@@ -107,10 +289,6 @@ def _restore(generators: dict[str, str]) -> None:
     torch.set_rng_state(state("cpu"))
     if "cuda" in generators and torch.cuda.is_available():
         torch.cuda.set_rng_state(state("cuda"))
-
-
-def _files(folder: Path) -> list[Path]:
-    return sorted(f for f in folder.rglob("*") if f.is_file())
 
 
 def _digest(file: Path) -> str:

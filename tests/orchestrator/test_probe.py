@@ -27,7 +27,7 @@ from mlflow.entities import Run
 from safetensors.torch import load_file, save_file
 
 from analysis import records, spectrum, tables
-from orchestrator import grid, ledger, plan, tracking
+from orchestrator import grid, ledger, place, tracking
 from orchestrator.cli import main
 from tests.conftest import TINY
 from tests.hub import Hub
@@ -268,7 +268,7 @@ def test_a_series_of_the_hub_is_fetched_and_deleted_one_by_one(user: Path, hub: 
     """But for the revision that is not there."""
     home, directory = user / "home", user / "runs" / "hub"
     args = ("lmsat/nano", "--revisions", "step{1..4}", "--delete", "--name", "hub", *CORPUS)
-    more = ("--sequence", "64", "--tokens", "2048", "--cpus", str(plan.cores()))  # one worker
+    more = ("--sequence", "64", "--tokens", "2048", "--cpus", str(place.cores()))  # one worker
     held, done = 0, threading.Event()
 
     def watch() -> None:

@@ -13,7 +13,8 @@ from mlflow import MlflowClient
 
 from analysis import ranks, records
 from analysis.errors import BadInput
-from orchestrator import grid, ledger, plan, tracking
+from orchestrator import fits, grid, ledger, plan, tracking
+from orchestrator.place import Node, Place
 from tests.orchestrator.test_sweep import (
     assert_same,
     command,
@@ -184,7 +185,7 @@ def test_a_killed_worker_and_a_killed_driver_lose_nothing(
 
 
 def test_the_plan_shows_the_pack_its_split_and_both_costs(
-    backbone: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    backbone: Path, cache: Path, tmp_path: Path
 ) -> None:
     loaded = grid.load(write(tmp_path, backbone))
     found = plan.plan(loaded, cache)
@@ -194,14 +195,14 @@ def test_the_plan_shows_the_pack_its_split_and_both_costs(
     shown = here(tmp_path, "plan", "--grid", "tiny.yaml").stdout
     assert "one pass for 13 heads: " in shown and "one run a head: " in shown
     # On a machine with room for half the heads beside the backbone: several packs, all heads.
-    limit = int((pack.memory - 16 * 9 * 1024 * 8) / plan.MEMORY_SHARE)
-    monkeypatch.setattr(plan, "_memory_here", lambda gpu: (2 * limit, "a small machine"))
-    split = plan.plan(loaded, cache).packs
-    assert len(split) > 1 and all(p.memory <= 2 * limit for p in split)
+    limit = int((pack.memory - 16 * 9 * 1024 * 8) / fits.MEMORY_SHARE)
+    small = Place("a small machine", (Node(2, 0, None, 2 * limit, 1, 1),))
+    split = plan.plan(loaded, cache, small).packs
+    assert len(split) > 1 and all(p.memory <= limit for p in split)
     assert sorted(i for p in split for i in p.trials) == sorted(pack.trials)
-    monkeypatch.setattr(plan, "_memory_here", lambda gpu: (1000, "a tiny machine"))
+    tiny = Place("a tiny machine", (Node(2, 0, None, 1000, 1, 1),))
     with pytest.raises(BadInput, match=r"needs about .* GB of memory, a tiny machine has"):
-        plan.plan(loaded, cache)
+        plan.plan(loaded, cache, tiny)
 
 
 def test_hidden_states_that_do_not_fit_are_refused_and_their_size_is_told(

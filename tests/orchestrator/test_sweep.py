@@ -22,8 +22,7 @@ from click.testing import CliRunner, Result
 from mlflow import MlflowClient
 
 from analysis import records, tables
-from orchestrator import ledger, plan, progress, tracking
-from orchestrator import sweep as sweeps
+from orchestrator import cluster, ledger, place, progress, tracking
 from orchestrator.cli import main
 from tests.conftest import TIMING, TINY
 from trainables import pretrain
@@ -395,7 +394,7 @@ def test_one_trials_end_is_not_the_others(tmp_path: Path, cache: Path) -> None:
     }
 
 
-@pytest.mark.skipif(plan.cores() < 2, reason="one core")
+@pytest.mark.skipif(place.cores() < 2, reason="one core")
 def test_as_many_items_are_worked_on_at_once_as_there_is_room_for(tmp_path: Path) -> None:
     def meet(folder: Path) -> None:
         (folder / str(os.getpid())).touch()
@@ -405,5 +404,5 @@ def test_as_many_items_are_worked_on_at_once_as_there_is_room_for(tmp_path: Path
             time.sleep(0.05)
 
     watcher = progress.Bar(quiet=True)
-    found = sweeps.fan_out(meet, lambda item: None, [tmp_path] * 2, 1, 0, watcher)
+    found = cluster.fan_out(meet, lambda item: None, [tmp_path] * 2, 1, 0, watcher)
     assert sorted(found) == [(0, None), (1, None)]

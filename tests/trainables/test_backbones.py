@@ -35,10 +35,11 @@ def test_pythia_sizes_have_the_published_parameters(size: str) -> None:
 
 @pytest.mark.parametrize("size", [s for s in backbones.LADDER if s.startswith("nano")])
 def test_nano_sizes_are_counted_in_closed_form(size: str) -> None:
-    d, layers = backbones.LADDER[size].d, backbones.LADDER[size].layers
+    d, layers, heads, *_ = backbones.LADDER[size]
     shape = backbones.shape(backbones.configuration(model(size), 1000, 128))
     # Attention 4 d^2 + 4 d, MLP 8 d^2 + 5 d, two norms 4 d; and the final norm.
-    assert shape == (d, layers, 1000 * d, layers * (12 * d * d + 13 * d) + 2 * d, 1000, False)
+    body = layers * (12 * d * d + 13 * d) + 2 * d
+    assert shape == (d, layers, heads, 1000 * d, body, 1000, False)
     assert backbones.width(model(size)) == d
 
 
@@ -69,6 +70,7 @@ def test_any_causal_model_enters_by_its_configuration(tmp_path: Path) -> None:
         positions = 1024 * 24
         assert shape == (
             24,
+            2,
             2,
             77 * 24,
             2 * (12 * 24 * 24 + 13 * 24) + 2 * 24 + positions,

@@ -141,20 +141,40 @@ def test_a_pass_allocates_activations_and_loss(
     model.to({"fp32": torch.float32, "bf16": torch.bfloat16}[precision])
     ids, shape = torch.zeros(micro, sequence + 1, dtype=torch.long), backbones.LADDER[size]
     tokens, kept = micro * sequence, []
-    said = zero.activations(shape.layers, shape.d, shape.heads, tokens, precision)
-    said += zero.loss(shape.d, VOCABULARY, tokens, precision)
+    form = zero.Shape(0, shape.layers, shape.d, shape.heads, VOCABULARY)
+    said = zero.activations(form, tokens, precision) + zero.loss(form, tokens, precision)
     assert _peak(lambda: kept.append(model(ids))) == pytest.approx(said, rel=0.03)
+
+
+KINDS = [
+    {"rank": 8},
+    {"kind": "sigsoftmax"},
+    {"kind": "monotone"},
+    {"kind": "mlp", "rank": 8},
+    {"kind": "mos", "experts": 3},
+]
+
+
+@pytest.mark.parametrize("section", KINDS, ids=lambda s: s.get("kind", "linear"))
+def test_a_loss_holds_its_chunks_of_logits(section: dict[str, Any], one_thread: None) -> None:
+    head = heads.make({**head_section("linear"), **section}, VOCABULARY, 64)
+    hidden = torch.randn(1024, 64, requires_grad=True)
+    labels = torch.zeros(1024, dtype=torch.long)
+    chunks = zero.CHUNKS[section.get("kind", "linear")] * section.get("experts", 1)
+    shape = zero.Shape(0, 1, 64, 1, VOCABULARY, section.get("rank"), chunks)
+    peak = _peak(lambda: head(hidden, labels).backward())
+    assert peak == pytest.approx(zero.loss(shape, 1024, "fp32"), rel=0.06)
 
 
 def test_a_chunk_is_that_of_the_heads() -> None:
     assert zero.CHUNK == heads.CHUNK
 
 
-def _shape(name: str) -> tuple[float, int, int, int, int, int]:
-    """Of a Pythia model, as `memory` and `choose` take it, with 2,048 tokens a sequence."""
+def _shape(name: str) -> zero.Shape:
+    """Of a Pythia model."""
     d, layers, count, _, vocabulary, _ = backbones.LADDER[name]
     params = 2 * vocabulary * d + layers * (12 * d * d + 13 * d) + 2 * d
-    return params, layers, d, count, vocabulary, 2048
+    return zero.Shape(params, layers, d, count, vocabulary)
 
 
 @given(
@@ -169,12 +189,12 @@ def test_the_choice_fits_and_nothing_simpler_does(
     shape, share = _shape(name), 8
     ways = [(stage, False) for stage in range(4)] + [(2, True), (3, True)]
     totals = {
-        (*way, micro): zero.memory(*shape, micro, way[0], workers, precision, way[1]).total
+        (*way, micro): zero.memory(shape, 2048, micro, way[0], workers, precision, way[1]).total
         for way in ways
         for micro in (1, 2, 4, 8)
     }
     try:
-        chosen = zero.choose(room, *shape, share * workers, workers, precision)
+        chosen = zero.choose(room, shape, 2048, share * workers, workers, precision)
     except BadInput as error:
         assert min(totals.values()) > room
         assert f"{min(totals.values()) / 1e9:.1f} GB" in str(error)
@@ -191,23 +211,75 @@ def test_the_ladder_is_counted_as_it_is_built() -> None:
         vocabulary = backbones.LADDER[name].vocabulary
         model = {"size": name, "residual": None, "tied": False}
         form = backbones.shape(backbones.configuration(model, vocabulary, 2048))
-        assert _shape(name)[0] == form.body + 2 * form.embedding
+        assert _shape(name).params == form.body + 2 * form.embedding
+        assert _shape(name).heads == form.heads
 
 
 def test_offloading_moves_states_to_the_host() -> None:
     shape = _shape("pythia-6.9b")
     for stage in (2, 3):
-        here, away = (zero.memory(*shape, 1, stage, 8, "bf16", off) for off in (False, True))
+        here, away = (zero.memory(shape, 2048, 1, stage, 8, "bf16", off) for off in (False, True))
         assert here.total - away.total == pytest.approx(here.gradients + here.optimizer)
         # Ren et al. 2021: all but the weights, and gradients in fp32 there.
-        assert away.host == pytest.approx(16 * shape[0] / 8)
+        assert away.host == pytest.approx(16 * shape.params / 8)
     with pytest.raises(BadInput, match="1 cannot offload"):
-        zero.memory(*shape, 1, 1, 8, offload=True)
+        zero.memory(shape, 2048, 1, 1, 8, offload=True)
+
+
+def test_a_cpu_is_filled_and_not_asked_for_a_whole_bucket() -> None:
+    """Nor does it offload: there is nowhere else."""
+    shape = _shape("pythia-14m")
+    gpu, cpu = (zero.memory(shape, 64, 1, 1, 2, "fp32", gpu=gpu) for gpu in (True, False))
+    assert gpu.buffers == 4 * (500_000_000 + shape.params)
+    assert cpu.buffers == 4 * 2 * shape.params
+    with pytest.raises(BadInput):
+        zero.choose(cpu.total / 2, shape, 64, 2, 2, "fp32", gpu=False)
+
+
+GIVEN: dict[str, Any] = {"stage": None, "offload": None, "micro_batch": None}
+
+
+def test_the_defaults_fit_eight_gpus_of_40_gb() -> None:
+    """With a tenth to spare, and with twice the sequences not; 12b takes more."""
+    for size in (name for name in backbones.LADDER if name.startswith("pythia")):
+        usual = zero.settings(GIVEN, size, 2048, 128, "bf16")
+        room = 0.9 * (49e9 if size == "pythia-12b" else 40e9)
+        stage, micro = usual["stage"], usual["micro_batch"]
+        assert zero.memory(_shape(size), 2048, micro, stage, 8).total <= room
+        assert micro == 128 or zero.memory(_shape(size), 2048, 2 * micro, stage, 8).total > room
+    nano = zero.settings(GIVEN, "nano-64", 128, 8, "fp32")
+    assert nano == {"stage": 0, "offload": False, "micro_batch": None}
+    assert set(zero._usual()) == {*backbones.LADDER, "other"}
+
+
+@given(
+    share=st.integers(1, 300),
+    sequence=st.sampled_from([128, 1024, 2048, 8192]),
+    size=st.sampled_from(["pythia-70m", "pythia-1.4b", "pythia-12b", "other"]),
+    precision=st.sampled_from(PRECISIONS),
+)
+def test_a_default_micro_batch_divides_the_share_and_keeps_to_its_tokens(
+    share: int, sequence: int, size: str, precision: str
+) -> None:
+    usual = zero.settings(GIVEN, size, 2048, 2**20, "bf16")["micro_batch"]
+    micro = zero.settings(GIVEN, size, sequence, share, precision)["micro_batch"]
+    most = usual * 2048 * {"bf16": 1, "fp32": 0.5}[precision]
+    assert share % micro == 0 and (micro == 1 or micro * sequence <= most)
+    assert not any(share % m == 0 and m * sequence <= most for m in range(micro + 1, share + 1))
+
+
+def test_what_a_grid_gives_stays() -> None:
+    given = {"stage": 2, "offload": True, "micro_batch": 3}
+    assert zero.settings(given, "pythia-12b", 2048, 12, "bf16") == given
+    none = {"stage": 0, "offload": False, "micro_batch": None}
+    assert zero.settings(GIVEN, None, 2048, 12, "bf16") == none
+    with pytest.raises(BadInput, match=r"deepspeed.offload: stage 0 cannot"):
+        zero.settings({**GIVEN, "offload": True}, "pythia-14m", 2048, 12, "bf16")
 
 
 def test_a_batch_that_the_workers_cannot_share_is_refused() -> None:
     with pytest.raises(BadInput, match="10 is not a multiple of the 8 workers"):
-        zero.choose(A100, *_shape("pythia-14m"), 10, 8)
+        zero.choose(A100, _shape("pythia-14m"), 2048, 10, 8)
 
 
 @pytest.mark.parametrize("params", GPT3)
