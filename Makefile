@@ -5,13 +5,14 @@ BIN = .venv/bin
 sweep: .venv/ready
 	$(BIN)/lmsat sweep --grid ranks.yaml
 
-# Two at a time, most of them commands with workers of their own.
+# Two at a time, most of them commands with workers of their own; in the order of files, or the
+# longest would come last.
 test: export OMP_NUM_THREADS = 1
 test: .venv/ready
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	$(BIN)/pytest -n 2 --dist loadfile
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "lmsat needs Python 3.11 or newer; try: make PYTHON=python3.12")'

@@ -38,7 +38,8 @@ def address(given: str | None) -> str | None:
 
 
 def closed(address: str) -> str | None:
-    """Why nothing can be sent to HOST:PORT or ray://HOST:PORT, if so. Ray itself asks for a minute.
+    """Why nothing can be sent to HOST:PORT or ray://HOST:PORT, if so. Ray itself asks for
+    fourteen minutes.
 
     Raises BadInput where it is no such address."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
@@ -66,7 +67,7 @@ def on_ray(watcher: Preparing, at: str | None = None) -> Iterator[str]:
     )
     at = address(at)
     if at and ":" in at and not ray.is_initialized() and (why := closed(at)):
-        raise Unreachable(f"--address: no cluster at {at}: {why}")
+        raise Unreachable(f"no cluster at {at}: {why}")
     with tempfile.TemporaryDirectory(prefix="lmsat-") as neutral, contextlib.chdir(neutral):
         started_here = not ray.is_initialized()
         if started_here:
@@ -85,7 +86,7 @@ def on_ray(watcher: Preparing, at: str | None = None) -> Iterator[str]:
                 if not at:
                     raise
                 said = " ".join(str(error).split())
-                raise Unreachable(f"--address: {at} refuses: {said}") from None
+                raise Unreachable(f"the cluster at {at} refuses: {said}") from None
         try:
             yield neutral
         finally:
@@ -112,12 +113,14 @@ def here() -> Place:
     for one in alive:
         node = place.node(one["Resources"], 1, 1)
         found[node.cpus, node.gpus].append(node)
-    file = Path(BOOTSTRAP).expanduser()
+    file, machines = Path(BOOTSTRAP).expanduser(), None
     if head == ray.get_runtime_context().get_node_id() and file.is_file():
-        for node in place.launched(file).nodes:
+        launched = place.launched(file)
+        machines = launched.machines
+        for node in launched.nodes:
             now = found[node.cpus, node.gpus]
             now += [dataclasses.replace(node, count=0, most=1)] * (node.most - len(now))
-    return Place("the cluster", tuple(itertools.chain(*found.values())))
+    return Place("the cluster", tuple(itertools.chain(*found.values())), machines)
 
 
 def check_head() -> None:

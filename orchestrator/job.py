@@ -75,8 +75,12 @@ async def _follow(client: JobSubmissionClient, job: str, show: Show, say: Show) 
             following.cancel()
             return
         asked = True
-        say("asked the job to stop; again to leave it to itself")
-        client.stop_job(job)
+        try:
+            client.stop_job(job)
+        except Exception as error:  # the tunnel has gone; the log will say so too
+            say(f"could not ask the job to stop ({_line(error)}); again to leave it to itself")
+        else:
+            say("asked the job to stop; again to leave it to itself")
 
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, ask)

@@ -3,6 +3,7 @@
 Plain values: `here` looks at this machine, `named` at a data sheet; cluster.py asks Ray.
 """
 
+import math
 import os
 import re
 import sys
@@ -80,6 +81,8 @@ class Place:
     name: str
     """As a message says it: this machine, the cluster, 8xA100-80G."""
     nodes: tuple[Node, ...]
+    machines: int | None = None
+    """There at most, of all kinds together; None: each kind's most."""
 
 
 def cores() -> int:
@@ -131,7 +134,7 @@ def launched(file: Path) -> Place:
         head = int(name == config["head_node_type"])
         most = head or min(total, kind.get("max_workers", total))
         nodes.append(node(kind.get("resources", {}), head, most))
-    return Place(file.name, tuple(nodes))
+    return Place(file.name, tuple(nodes), total + 1)
 
 
 def node(resources: dict[str, float], count: int, most: int) -> Node:
@@ -153,9 +156,13 @@ def at_once(place: Place, workers: int, cpus: int, gpus: float) -> tuple[int, in
     """How many teams of `workers` fit now, and once the cluster has grown. Each worker is given
     `cpus` and `gpus` of one machine; a team may be spread over several, and needs nothing besides.
     """
-    fit = [(node, node.workers(cpus, gpus)) for node in place.nodes]
-    now = sum(node.count * each for node, each in fit)
-    most = sum(node.most * each for node, each in fit)
+    fit = sorted(((node.workers(cpus, gpus), node) for node in place.nodes), key=lambda f: -f[0])
+    now = most = sum(each * node.count for each, node in fit)
+    there = sum(node.count for node in place.nodes)
+    left = math.inf if place.machines is None else place.machines - there
+    for each, node in fit:
+        more = min(node.most - node.count, left)
+        most, left = most + int(each * more), left - more
     return now // workers, most // workers
 
 

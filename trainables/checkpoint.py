@@ -220,7 +220,9 @@ class _Remote:
             yield Path(own)
 
     def put(self, desk: Path, name: str, file: str) -> None:
-        self.files.put_file(str(desk / file), f"{self.root}/{name}/{file}")
+        target = f"{self.root}/{name}/{file}"
+        self.files.makedirs(target.rpartition("/")[0], exist_ok=True)  # where there are folders
+        self.files.put_file(str(desk / file), target)
 
     def commit(self, name: str, manifest: str) -> None:
         self.files.pipe_file(f"{self.root}/{name}/{_MANIFEST}", manifest.encode())

@@ -83,14 +83,15 @@ def test_a_cluster_that_must_grow_fits_later() -> None:
 
 
 def test_a_cluster_file_says_how_far_it_grows() -> None:
-    """Its head has no CPU; three kinds with one GPU, up to eight of each, and one with eight."""
+    """Its head has no CPU; three kinds with one GPU, up to eight of each, and one with eight, but
+    no more than eight machines in all."""
     found = place.launched(Path(place.__file__).parents[1] / "cluster.yaml")
     assert [(n.cpus, n.gpus, n.count, n.most) for n in found.nodes] == [
         (0, 0, 1, 1),
         *[(4, 1, 0, 8)] * 3,
         (96, 8, 0, 1),
     ]
-    assert place.at_once(found, 8, 4, 1) == (0, (3 * 8 + 8) // 8)
+    assert place.at_once(found, 8, 4, 1) == (0, (8 + 7) // 8)
 
 
 nodes = st.builds(
@@ -140,15 +141,15 @@ def test_as_many_fit_as_can_be_put_one_by_one(
 def test_a_file_for_ray_up_is_a_place_that_grows_from_its_head() -> None:
     """As cluster.yaml's own account has it, read here line by line."""
     root = Path(__file__).parents[2]
-    for name in ("cluster.yaml", "clusters/gcp.yaml"):
+    # Eight machines: one of 8 GPUs and seven of one; in the other file all have one.
+    for name, gpus in (("cluster.yaml", 15), ("clusters/gcp.yaml", 8)):
         text = (root / name).read_text()
         found = place.find(str(root / name))
         said = r"resources: \{CPU: (\d+), GPU: ([1-9]\d*), .accelerator_type:(\S+).:"
         kinds = re.findall(said, text)
         assert [(str(n.cpus), str(n.gpus), n.gpu) for n in found.nodes if n.gpus] == kinds
         assert len(kinds) >= 3
-        now, most = place.at_once(found, 1, 4, 1)
-        assert (now, most > 8) == (0, True)
+        assert place.at_once(found, 1, 4, 1) == (0, gpus)
 
 
 @pytest.mark.parametrize(
@@ -167,3 +168,16 @@ def test_another_file_is_no_place(tmp_path: Path, text: str | None, wanted: str)
         file.write_text(text)
     with pytest.raises(BadInput, match=wanted):
         place.find(str(file))
+
+
+def test_a_file_bounds_its_machines_together() -> None:
+    """At most five, the head among them: three of 8 GPUs leave one of 2."""
+    nodes = (
+        Node(0, 0, None, None, 1, 1),
+        Node(8, 8, "A100", None, 0, 3),
+        Node(8, 2, "L4", None, 0, 4),
+    )
+    bounded, free = Place("x", nodes, 5), Place("x", nodes)
+    assert place.at_once(bounded, 1, 1, 1) == (0, 3 * 8 + 2)
+    assert place.at_once(free, 1, 1, 1) == (0, 3 * 8 + 4 * 2)
+    assert place.at_once(bounded, 16, 1, 1) == (0, 1)

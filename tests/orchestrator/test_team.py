@@ -18,6 +18,7 @@ from tests.orchestrator.test_sweep import (
     checkpoints,
     command,
     free_port,
+    here,
     measured,
     running,
     wait_for,
@@ -68,7 +69,8 @@ def two_nodes() -> Iterator[str]:
 def test_teams_over_two_nodes_compete_and_equal_one_worker(
     two_nodes: str, tmp_path: Path, cache: Path
 ) -> None:
-    """Two teams of two, of ZeRO 2 and 3, and a trial of one worker, which needs half of either."""
+    """Two teams of two, of ZeRO 2 and 3, and a trial of one worker, which needs half of either;
+    their checkpoints at a URL."""
     both = {
         **SHORT,
         "trials": [
@@ -79,18 +81,37 @@ def test_teams_over_two_nodes_compete_and_equal_one_worker(
     }
     path = write_grid(tmp_path, **both)
     known = {**os.environ, **rays.TOKEN}
-    sweep = ["sweep", "--grid", "tiny.yaml", "--address", two_nodes]
-    done = command(*sweep, cwd=tmp_path, env=known)
+    sweep, kept = ["sweep", "--grid", "tiny.yaml"], tmp_path / "kept"
+    to = ["--address", two_nodes, "--checkpoints", f"file://{kept}"]
+    done = command(*sweep, *to, cwd=tmp_path, env=known)
     assert done.returncode == 0, done.stderr
     assert "3 done" in done.stderr
     ids = {t["id"] for t in grid.load(path).trials}
     assert ids == set(ledger.read(tmp_path / "runs" / "tiny"))
+    assert ids == {p.parents[1].name for p in kept.glob("*/step-*/manifest.json")}
+    assert not checkpoints(tmp_path / "runs" / "tiny")
+    moved = here(tmp_path, *sweep, "--checkpoints", str(tmp_path / "elsewhere"))
+    assert moved.exit_code == 2
+    assert f"are in file://{kept}; leave the option out" in moved.stderr
     for entry in both["trials"]:
         entry.pop("resources", None), entry.pop("deepspeed", None)
     whole = tmp_path / "whole"
     whole.mkdir()
     assert_near(tmp_path / "runs" / "tiny", alone(whole, cache, **both))
     assert {t["id"] for t in grid.load(whole / "tiny.yaml").trials} == ids
+
+
+@pytest.mark.parametrize("nowhere", ["nosuch://bucket/x", "{out}/tiny.yaml/x"])
+def test_checkpoints_that_cannot_be_written_are_refused_before_anything_is(
+    nowhere: str, tmp_path: Path, cache: Path
+) -> None:
+    write_grid(tmp_path, **SHORT)
+    to = nowhere.format(out=tmp_path)
+    done = here(tmp_path, "sweep", "--grid", "tiny.yaml", "--checkpoints", to)
+    assert done.exit_code == 2
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert line.startswith(f"error: --checkpoints: cannot write to {to}: ")
+    assert [p.name for p in tmp_path.iterdir()] == ["tiny.yaml"]
 
 
 def members(driver: Any) -> list[psutil.Process]:
