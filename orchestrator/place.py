@@ -108,7 +108,7 @@ def find(text: str) -> Place:
         return named(text)
     try:
         found = launched(path)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError, KeyError) as error:
+    except (OSError, yaml.YAMLError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise BadInput(f"--on: {text}: no file for `ray up`: {error}") from None
     if not any(node.most for node in found.nodes):
         raise BadInput(f"--on: {text}: it does not say what its machines have")
@@ -159,7 +159,7 @@ def at_once(place: Place, workers: int, cpus: int, gpus: float) -> tuple[int, in
     fit = sorted(((node.workers(cpus, gpus), node) for node in place.nodes), key=lambda f: -f[0])
     now = most = sum(each * node.count for each, node in fit)
     there = sum(node.count for node in place.nodes)
-    left = math.inf if place.machines is None else place.machines - there
+    left = math.inf if place.machines is None else max(0, place.machines - there)
     for each, node in fit:
         more = min(node.most - node.count, left)
         most, left = most + int(each * more), left - more

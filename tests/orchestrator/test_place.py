@@ -159,6 +159,7 @@ def test_a_file_for_ray_up_is_a_place_that_grows_from_its_head() -> None:
         ("]", "no file for `ray up`"),
         ("- 1", "no file for `ray up`"),
         ("available_node_types: {a: {}}", "no file for `ray up`"),
+        ("{max_workers: x, head_node_type: a, available_node_types: {b: {}}}", "no file"),
         ("provider: {type: local}", "does not say what its machines have"),
     ],
 )
@@ -181,3 +182,5 @@ def test_a_file_bounds_its_machines_together() -> None:
     assert place.at_once(bounded, 1, 1, 1) == (0, 3 * 8 + 2)
     assert place.at_once(free, 1, 1, 1) == (0, 3 * 8 + 4 * 2)
     assert place.at_once(bounded, 16, 1, 1) == (0, 1)
+    beyond = Place("x", (Node(2, 0, None, None, 4, 4),), 3)  # machines that came by themselves
+    assert place.at_once(beyond, 1, 1, 0) == (8, 8)
