@@ -19,12 +19,16 @@ import ray
 import ray.util.scheduling_strategies
 from ray.util.placement_group import PlacementGroup
 
-from analysis.errors import BadInput
+from analysis.errors import BadInput, one_line
 from orchestrator import place
 from orchestrator.driver import Preparing
 from orchestrator.place import Node, Place
 
 HEAD = "head"  # the resource, 1 on a cluster's head, of who waits for several workers
+HEADLESS = (  # what is wrong without it, and what to do
+    "resources.workers: the cluster's head lacks the resource `head`",
+    f"start it with ray start --head --resources='{{\"{HEAD}\": 1}}'",
+)
 BOOTSTRAP = "~/ray_bootstrap_config.yaml"  # where `ray up` puts its file, on the head
 
 
@@ -85,7 +89,7 @@ def on_ray(watcher: Preparing, at: str | None = None) -> Iterator[str]:
             except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
                 if not at:
                     raise
-                said = " ".join(str(error).split())
+                said = one_line(error)
                 raise Unreachable(f"the cluster at {at} refuses: {said}") from None
         try:
             yield neutral
@@ -123,13 +127,9 @@ def here() -> Place:
     return Place("the cluster", tuple(itertools.chain(*found.values())), machines)
 
 
-def check_head() -> None:
-    """Raises BadInput where the cluster has nobody to wait for several workers."""
-    if HEAD not in ray.cluster_resources():
-        raise BadInput(
-            "resources.workers: the cluster's head lacks the resource `head`; start it with "
-            f"ray start --head --resources='{{\"{HEAD}\": 1}}'"
-        )
+def has_head() -> bool:
+    """Whether somebody can wait there for several workers."""
+    return HEAD in ray.cluster_resources()
 
 
 def free(group: str) -> None:
@@ -163,16 +163,14 @@ def fan_out(
         coming: dict[Any, Any] = {}  # workers that have no room yet
         busy: dict[Any, tuple[Any, int, int | None]] = {}
 
-        def expect(worker: Any) -> None:
-            coming[worker.ready.remote()] = worker
-
         def give(worker: Any, index: int, spare: int) -> None:
             following = waiting.pop() if len(waiting) > spare else None
             then = None if following is None else items[following]
             busy[worker.do.remote(work, items[index], ahead, then)] = (worker, index, following)
 
         for _ in range(min(most, len(items))):
-            expect(hire())
+            worker = hire()
+            coming[worker.ready.remote()] = worker
         watcher.preparing("measuring")
         while busy or waiting:
             ended, _ = ray.wait([*busy, *coming], timeout=0.2)

@@ -234,13 +234,10 @@ def run(
         try:
             with cluster.every_node(watcher, address) as ask:
                 found = [*_examine(ask, tokens), *found]
-                found += room(cluster.here() if address else place.here(), trials)
-                if any(trial["resources"]["workers"] > 1 for trial in trials):
-                    try:
-                        cluster.check_head()
-                    except BadInput as error:
-                        lacking, todo = str(error).split("; ")
-                        found.append(Finding("grid", "head", "wrong", lacking, todo))
+                found += room(cluster.here() if cluster.address(address) else place.here(), trials)
+                teams = any(trial["resources"]["workers"] > 1 for trial in trials)
+                if teams and not cluster.has_head():
+                    found.append(Finding("grid", "head", "wrong", *cluster.HEADLESS))
                 return found
         except cluster.Unreachable as error:
             todo = MISMATCH if "mismatch" in str(error).lower() else REFUSED

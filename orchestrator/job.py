@@ -13,7 +13,7 @@ from pathlib import Path
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
-from analysis.errors import BadInput
+from analysis.errors import BadInput, one_line
 from orchestrator.doctor import REFUSED
 
 SAVING = 300  # seconds to save every trial in; Ray's own are 3, then it kills
@@ -51,9 +51,9 @@ def submit(address: str, grid_file: Path, arguments: list[str], show: Show, say:
             raise BadInput(f"{where} refuses: {REFUSED}") from None
         except (OSError, RuntimeError, ValueError) as error:
             if client:
-                raise BadInput(f"{where} takes no job: {_line(error)}") from None
+                raise BadInput(f"{where} takes no job: {one_line(error)}") from None
             todo = "keep `ray dashboard` open, and give what it prints"
-            raise BadInput(f"{where}: no cluster's dashboard: {todo} ({_line(error)})") from None
+            raise BadInput(f"{where}: no cluster's dashboard: {todo} ({one_line(error)})") from None
     later = " or ".join(f"ray job {do} --address {address} {job}" for do in ("logs -f", "stop"))
     try:
         return asyncio.run(_follow(client, job, show, say))
@@ -61,7 +61,7 @@ def submit(address: str, grid_file: Path, arguments: list[str], show: Show, say:
         say(f"left to itself: {later}")
         return INTERRUPTED
     except Exception as error:  # the tunnel or the cluster has gone
-        say(f"lost {address} ({_line(error)}), and left to itself: {later}")
+        say(f"lost {address} ({one_line(error)}), and left to itself: {later}")
         return 1
 
 
@@ -78,7 +78,7 @@ async def _follow(client: JobSubmissionClient, job: str, show: Show, say: Show) 
         try:
             client.stop_job(job)
         except Exception as error:  # the tunnel has gone; the log will say so too
-            say(f"could not ask the job to stop ({_line(error)}); again to leave it to itself")
+            say(f"could not ask the job to stop ({one_line(error)}); again to leave it to itself")
         else:
             say("asked the job to stop; again to leave it to itself")
 
@@ -98,7 +98,3 @@ async def _follow(client: JobSubmissionClient, job: str, show: Show, say: Show) 
     if found.driver_exit_code is None:  # it has never begun, or its machine has gone
         say(found.message or f"job {job} failed")
     return found.driver_exit_code if found.driver_exit_code in CODES else 1
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

@@ -179,11 +179,12 @@ def _frozen(
     costs, trained = [], {}
     for trial in shared:
         head, tokens = heads.cost(trial["head"], form.vocabulary, form.d), t["tokens"]
+        needed = zero.states(head.params, ds["stage"], workers, "fp32", False)
+        held = int(needed.states + needed.update)
         if trial["head"]["kind"] in heads.BASELINES:
             tokens, final = 0, 2 * p["final_tokens"]
         else:
-            needed = zero.states(head.params, ds["stage"], workers, "fp32", False)
-            final, trained[trial["id"]] = held_out, int(needed.states + needed.update)
+            final, trained[trial["id"]] = held_out, held
         flops = 2.0 * head.products * (3 * tokens / workers + final)
         steps = schedule.steps(tokens, t["batch"], t["sequence"]) if tokens else 0
         own = machine.seconds(flops, form.vocabulary * (tokens / workers + final / 3), cpus)
@@ -200,7 +201,7 @@ def _frozen(
                 tokens=tokens,
                 epochs=tokens / text.tokens["train"] if text else None,
                 flops=2.0 * head.products * (3 * tokens + final),
-                memory=base + 16 * head.params,
+                memory=base + held,
                 seconds=own + STEP_SECONDS * steps,
                 probes=measuring,
                 workers=workers,

@@ -18,7 +18,7 @@ import yaml
 from ray import tune
 
 from analysis import atomic, bound_figures, figures, ranks, tables, trajectories
-from analysis.errors import BadInput
+from analysis.errors import BadInput, one_line
 from orchestrator import cluster, ledger, place, plan, search, team, tracking
 from orchestrator.driver import Driver, Watcher
 from orchestrator.grid import Grid, blame, numbered
@@ -45,13 +45,16 @@ def run(
     """
     out, cache = out.resolve(), cache.resolve()
     sweep, uri = out / grid.name, tracking.resolve(tracking_uri, out)
+    if checkpoints and "://" not in checkpoints:
+        checkpoints = str(Path(checkpoints).resolve())  # on Ray the current directory is another
     _check_same(grid, sweep)
     with contextlib.ExitStack() as stack:
         if cluster.address(address):
             stack.enter_context(cluster.on_ray(watcher, address))
             there = cluster.here()
-            if any(t["resources"]["workers"] > 1 for t in grid.trials):
-                cluster.check_head()
+            teams = any(t["resources"]["workers"] > 1 for t in grid.trials)
+            if teams and not cluster.has_head():
+                raise BadInput("; ".join(cluster.HEADLESS))
         else:
             there = place.here()
         plan.plan(grid, cache, there)
@@ -84,30 +87,28 @@ def run(
 def _storage(wanted: str | None, sweep: Path) -> str | None:
     """Where checkpoints go, and went before. Raises BadInput where that changes, or nothing can be
     written there."""
-    wanted = wanted and _writable(wanted)
+    place = wanted
     if (sweep / "plan.json").is_file():
-        before: str | None = json.loads((sweep / "plan.json").read_text()).get("checkpoints")
-        if wanted and wanted != before:
+        place = json.loads((sweep / "plan.json").read_text()).get("checkpoints")
+        if wanted and wanted != place:
             raise BadInput(
-                f"--checkpoints: those of {sweep} are in {before or 'its own directory'}; "
+                f"--checkpoints: those of {sweep} are in {place or 'its own directory'}; "
                 "leave the option out"
             )
-        return before
-    return wanted
+    if place:
+        _check_writable(place)
+    return place
 
 
-def _writable(place: str) -> str:
-    """The folder, absolute, or the URL, where something could be written there."""
-    place = place if "://" in place else str(Path(place).resolve())
+def _check_writable(place: str) -> None:
     try:
         files, folder = fsspec.url_to_fs(place)
         files.makedirs(folder, exist_ok=True)
         files.pipe_file(f"{folder}/.lmsat", b"written to see whether that can be done")
         files.rm_file(f"{folder}/.lmsat")
     except Exception as error:  # each store has its own
-        said = " ".join(str(error).split()) or type(error).__name__
+        said = one_line(error)
         raise BadInput(f"--checkpoints: cannot write to {place}: {said}") from None
-    return place
 
 
 def _check_same(grid: Grid, sweep: Path) -> None:

@@ -37,8 +37,10 @@ SHORT = {
 HEAD = '--resources={"head": 1}'
 
 
-def alone(folder: Path, cache: Path, **fields: Any) -> Path:
+def alone(user: Path, cache: Path, **fields: Any) -> Path:
     """The same trials, each by one worker in this process."""
+    folder = user / "whole"
+    folder.mkdir()
     for trial in grid.load(write_grid(folder, **fields)).trials:
         trial = {**trial, "resources": {"workers": 1, "cpus": 1, "gpus": 0}}
         assert pretrain.train(trial, folder, cache).status == "done"
@@ -95,10 +97,8 @@ def test_teams_over_two_nodes_compete_and_equal_one_worker(
     assert f"are in file://{kept}; leave the option out" in moved.stderr
     for entry in both["trials"]:
         entry.pop("resources", None), entry.pop("deepspeed", None)
-    whole = tmp_path / "whole"
-    whole.mkdir()
-    assert_near(tmp_path / "runs" / "tiny", alone(whole, cache, **both))
-    assert {t["id"] for t in grid.load(whole / "tiny.yaml").trials} == ids
+    assert_near(tmp_path / "runs" / "tiny", alone(tmp_path, cache, **both))
+    assert {t["id"] for t in grid.load(tmp_path / "whole" / "tiny.yaml").trials} == ids
 
 
 @pytest.mark.parametrize("nowhere", ["nosuch://bucket/x", "{out}/tiny.yaml/x"])
@@ -148,9 +148,7 @@ def test_a_team_loses_a_worker_and_who_waits_is_stopped_and_one_worker_goes_on(
     write_grid(tmp_path, **long, deepspeed={"stage": 2})
     done = command("sweep", "--grid", "tiny.yaml", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    whole = tmp_path / "whole"
-    whole.mkdir()
-    assert_near(sweep, alone(whole, cache, **long))
+    assert_near(sweep, alone(tmp_path, cache, **long))
 
 
 @pytest.fixture
@@ -213,11 +211,10 @@ def test_a_cluster_grows_for_what_is_to_be_done_and_shrinks_again(
     two = {**SHORT, "deepspeed": {"stage": 1}}
     write_grid(tmp_path, **two, resources={"workers": 2})
     sweep = ["sweep", "--grid", "tiny.yaml", "--address", growing]
-    done = command(*sweep, cwd=tmp_path)
+    done = command(*sweep, "--checkpoints", "kept", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    whole = tmp_path / "whole"
-    whole.mkdir()
-    assert_near(tmp_path / "runs" / "tiny", alone(whole, cache, **SHORT))
+    assert list((tmp_path / "kept").glob("*/step-*/manifest.json"))
+    assert_near(tmp_path / "runs" / "tiny", alone(tmp_path, cache, **SHORT))
 
     wait_for(lambda: nodes(growing) == 1)
     np.save(tmp_path / "head.npy", np.eye(8))
