@@ -14,6 +14,17 @@ test: .venv/ready
 	$(BIN)/mypy
 	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
+# What is known against the packages of the lock file.
+audit:
+	$(PYTHON) -m venv .venv/audit
+	.venv/audit/bin/python -m pip install --quiet pip-audit
+	.venv/audit/bin/pip-audit -s osv -r constraints.txt --no-deps --disable-pip
+
+# Sweeps killed and damaged, for half an hour: docs/reliability.md.
+chaos: export OMP_NUM_THREADS = 1
+chaos: .venv/ready
+	$(BIN)/python -m tests.chaos
+
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "lmsat needs Python 3.11 or newer; try: make PYTHON=python3.12")'
 	$(PYTHON) -m venv .venv
@@ -21,4 +32,4 @@ test: .venv/ready
 	$(BIN)/python -m pip install --progress-bar off -q -c constraints.txt -e . --group dev
 	touch $@
 
-.PHONY: sweep test
+.PHONY: sweep test chaos audit

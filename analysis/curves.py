@@ -94,7 +94,7 @@ def of_table(
     frame = points.named(frame, ["step"], given)
     if frame["step"].dtype == pl.String:  # step1000
         frame = frame.with_columns(pl.col("step").str.extract(r"(\d+)$").cast(pl.Int64))
-    if frame["step"].null_count():
+    if not points.is_sane(frame["step"].cast(pl.Float64, strict=False)).all():
         raise BadInput("column step: numbers are needed")
     if "value" in given:
         frame = points.named(frame, ["value"], given)
@@ -111,6 +111,13 @@ def of_table(
             "--column value=NAME"
         )
     texts = [c for c in frame.select(pl.col(pl.String)).columns if c not in ("step", "metric")]
+    for name in filter(kind, texts):
+        numbers = frame[name].cast(pl.Float64, strict=False)
+        if numbers.count():
+            others = frame[name].filter(numbers.is_null()).drop_nulls()
+            raise BadInput(
+                f"column {name}: numbers are needed, not {others[0] if len(others) else 'text'!r}"
+            )
     keys = [*texts, *(c for c in ("seed", "trial") if c in frame.columns and c not in texts)]
     named = ["metric"] if "metric" in frame.columns and "value" in values else []
     found = []
@@ -150,9 +157,8 @@ def _curve(
             "what tells its rows apart must be a text column"
         )
     values = rows[column].cast(pl.Float64, strict=False)
-    if not values.is_finite().fill_null(False).all():
-        bad = rows.filter(~values.is_finite().fill_null(False))["step"][0]
-        raise BadInput(f"{model} {metric}: no number at step {bad}")
+    if not (sane := points.is_sane(values)).all():
+        raise BadInput(f"{model} {metric}: no number at step {rows.filter(~sane)['step'][0]}")
     array = values.to_numpy()
     if what == "accuracy" and array.max() > 1:  # in percent
         array = array / 100

@@ -1,6 +1,7 @@
 """Measured points from anyone's table: read, named by the variables of laws, checked."""
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -31,6 +32,7 @@ NAMES: dict[str, tuple[str, ...]] = {
 }
 BODIES = ("params_without_embeddings", "params_nonemb", "non_embedding_params")
 SIGNED = ("S2",)  # an annealing area: nothing at first, and less where the rate is raised again
+LARGEST = 1e100  # of numbers: the squares of larger ones are none
 SHOWN = 5  # rows that a message names
 
 
@@ -48,6 +50,9 @@ def read(path: Path) -> pl.DataFrame:
         raise BadInput(f"{path}: cannot be read: {_line(error)}") from None
     if frame.is_empty():
         raise BadInput(f"{path}: has no rows")
+    for column in frame.columns:
+        if twice := re.fullmatch(r"(.*)_duplicated_\d+", column):  # as the library calls it
+            raise BadInput(f"{path}: column {twice[1]} stands twice; rename or remove one")
     return frame
 
 
@@ -96,6 +101,11 @@ def usual(frame: pl.DataFrame, variable: str) -> str | None:
     return next((f'"{name}"' for name in found), None)
 
 
+def is_sane(column: pl.Series) -> pl.Series:
+    """Of each value, whether it is a number that can be computed with."""
+    return (column.abs() < LARGEST).fill_null(False) & column.is_not_nan().fill_null(False)
+
+
 def numbered(frame: pl.DataFrame) -> pl.DataFrame:
     """With the row of each point in its table, from 1, for messages."""
     return frame.with_row_index("row", offset=1)
@@ -108,7 +118,7 @@ def check(frame: pl.DataFrame, variables: Sequence[str]) -> pl.DataFrame:
         if not frame[name].dtype.is_numeric():
             raise BadInput(f"column {name}: numbers are needed, not {frame[name].dtype}")
         column = frame[name].cast(pl.Float64)
-        good = (column.is_finite() & ((column > 0) | (name in SIGNED))).fill_null(False)
+        good = is_sane(column) & ((column > 0).fill_null(False) | (name in SIGNED))
         if not good.all():
             bad = frame.filter(~good)
             value = bad[name][0]

@@ -225,6 +225,8 @@ def _new(law: Law, drawn: Draws, new: Mapping[str, float] | None, level: float) 
         raise BadInput(
             f"--predict: {law.name} needs {', '.join(law.variables)}, not {', '.join(new)}"
         )
+    if any(value <= 0 and v not in points.SIGNED for v, value in new.items()):
+        raise BadInput("--predict: values above 0 are needed")
     x = {v: np.array([value], float) for v, value in new.items()}
     low, high = powerlaw.ends(drawn.predict(x)[:, 0], level)
     return pl.DataFrame([{**new, "law": float(drawn.fit.predict(x)[0]), "low": low, "high": high}])

@@ -6,13 +6,14 @@ A segment is named by the step it was written at, so a resumed trial that measur
 writes the same file again. Where two segments hold one key, the later segment counts.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import polars as pl
+from polars.io.plugins import register_io_source
 
-from analysis import atomic
+from analysis import atomic, sealed
 
 _KEY = {"trial": pl.String, "step": pl.Int64}
 
@@ -86,13 +87,29 @@ KEYS = {
 
 def write(
     sweep: Path, table: str, trial: str, segment: int, rows: Iterable[Mapping[str, Any]]
-) -> None:
-    """Write one segment whole or not at all. Raises where a row does not fit the table's schema."""
+) -> Path | None:
+    """Write one segment whole or not at all; its file, if there is a row. Raises where a row does
+    not fit the table's schema."""
     frame = pl.DataFrame(list(rows), schema=TABLES[table], strict=True)
     if frame.is_empty():
-        return
+        return None
     path = sweep / "records" / table / f"{trial}-{segment:012d}.parquet"
     atomic.write(path, frame.write_parquet)
+    return path
+
+
+def damage(sweep: Path, state: dict[str, Any]) -> list[str]:
+    """Which of the `files` that a checkpoint knew, by path in the sweep, are not what they were."""
+    return sealed.wrong(sweep, state["files"])
+
+
+def settle(sweep: Path, trial: str, files: Container[str]) -> None:
+    """Of a trial that has ended keep these files alone: all else was written before a crash, and
+    again after it."""
+    for table in TABLES:
+        for path in (sweep / "records" / table).glob(f"{trial}-*.parquet"):
+            if path.relative_to(sweep).as_posix() not in files:
+                path.unlink()
 
 
 def segments(sweep: Path, table: str, trial: str) -> set[int]:
@@ -109,9 +126,37 @@ def drop(sweep: Path, trial: str, segment: int) -> None:
 
 
 def scan(sweep: Path, table: str, trial: str = "*") -> pl.LazyFrame:
-    """The table of a sweep, or of one of its trials: each key once, the later segment's row."""
+    """The table of a sweep, or of one of its trials: each key once, the later segment's row.
+
+    Raises sealed.Damaged, once it is collected, where a file cannot be read as that table."""
     files = sorted((sweep / "records" / table).glob(f"{trial}-*.parquet"), key=lambda f: f.name)
     if not files:
         return pl.LazyFrame(schema=TABLES[table])
-    frame = pl.scan_parquet(files, schema=TABLES[table], missing_columns="insert")
-    return frame.unique(KEYS[table], keep="last", maintain_order=True)
+    frame = _open(files, table).unique(KEYS[table], keep="last", maintain_order=True)
+
+    def read(
+        columns: list[str] | None, predicate: pl.Expr | None, rows: int | None, batch: int | None
+    ) -> Iterator[pl.DataFrame]:
+        wanted = frame if predicate is None else frame.filter(predicate)
+        wanted = wanted if columns is None else wanted.select(columns)
+        try:
+            yield (wanted if rows is None else wanted.head(rows)).collect()
+        except (pl.exceptions.PolarsError, pl.exceptions.PanicException):
+            for file in files:
+                if not _readable(file, table):
+                    raise sealed.Damaged(str(file)) from None
+            raise
+
+    return register_io_source(read, schema=TABLES[table])
+
+
+def _open(files: list[Path], table: str) -> pl.LazyFrame:
+    return pl.scan_parquet(files, schema=TABLES[table], missing_columns="insert")
+
+
+def _readable(file: Path, table: str) -> bool:
+    try:
+        _open([file], table).collect()
+    except (pl.exceptions.PolarsError, pl.exceptions.PanicException):
+        return False
+    return True

@@ -7,9 +7,19 @@ from typing import Any
 
 import click
 
-from analysis.errors import BadInput
+from analysis.errors import OF_PATHS, BadInput, Failed, blame, full, one_line
 
 INTERRUPTED = 130  # as a shell says of Ctrl-C
+
+
+class Number(click.FloatRange):
+    """NaN lies in every range: it is compared with nothing. Nor is infinity a number."""
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        found = super().convert(value, param, ctx)
+        if not math.isfinite(found):
+            self.fail(f"{value} is not a number.", param, ctx)
+        return found
 
 
 class Group(click.Group):
@@ -17,10 +27,24 @@ class Group(click.Group):
         try:
             return super().invoke(ctx)
         except BadInput as error:
-            click.echo(f"error: {error}", err=True)
+            click.echo(f"error: {one_line(error)}", err=True)
+            sys.exit(2)
+        except click.UsageError as error:
+            click.echo(f"error: {one_line(error.format_message())}", err=True)
             sys.exit(2)
         except (BrokenPipeError, KeyboardInterrupt):
             sys.exit(INTERRUPTED)
+        except Failed as error:
+            click.echo(f"error: {one_line(error)}", err=True)
+            sys.exit(1)
+        except OSError as error:
+            if error.errno in OF_PATHS:
+                click.echo(f"error: {one_line(f'{error.filename}: {error.strerror}')}", err=True)
+                sys.exit(2)
+            if not (why := full(error)):
+                raise
+            click.echo(f"error: {one_line(why)}", err=True)
+            sys.exit(1)
 
 
 @click.group(
@@ -66,7 +90,7 @@ column_option = click.option(
 )
 level_option = click.option(
     "--level",
-    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    type=Number(0, 1, min_open=True, max_open=True),
     default=0.95,
     show_default=True,
     help="Of intervals.",
@@ -156,6 +180,7 @@ def sweep(
     terminal.print_results(directory, kinds, as_json)
     if not as_json:
         terminal.print_next(directory, out, tracking_uri)
+    terminal.print_failures(directory, entries.values())
     if "stopped" in statuses or "waiting" in statuses:
         click.echo("stopped; the same command goes on from here", err=True)
         sys.exit(INTERRUPTED)
@@ -174,10 +199,11 @@ def _submit(address: str, grid_file: Path, out: Path, given: dict[str, str | boo
     """The same command on a cluster; its exit code."""
     if not out.is_absolute():
         raise BadInput(f"--out: a folder that all machines of the cluster share: /..., not {out}")
-    from orchestrator import job
+    from orchestrator import job, tracking
 
     arguments = ["--out", str(out)]
     for option, value in given.items():
+        tracking.check_secrets(option, str(value))
         if value:
             arguments += [option] if value is True else [option, str(value)]
     inside = False  # its JSON: a job has one output, ours has two
@@ -239,12 +265,82 @@ def status(name: str, out: Path, as_json: bool) -> None:
     terminal.print_status(_sweep(name, out), as_json)
 
 
+def _directory(name: str, out: Path) -> Path:
+    """Of a sweep, or of what was probed."""
+    for directory in (out / name, Path(name)):
+        if (directory / "ledger").is_dir():
+            return directory
+    raise BadInput(f"{name}: nothing of that name in {out}, and no such directory")
+
+
+@main.command(epilog="Example:  lmsat track ranks --tracking-uri http://127.0.0.1:5000")
+@click.argument("name", metavar="SWEEP")
+@out_option
+@tracking_option
+@json_option
+def track(name: str, out: Path, tracking_uri: str | None, as_json: bool) -> None:
+    """Bring MLflow up to the records of SWEEP, or of what was probed: a store that was away, has
+    lost something, or is new.
+
+    Nothing is there twice, however often this is done. `lmsat sweep` does it by itself where the
+    store answers. Exit code 1 where it does not.
+    """
+    from orchestrator import lease, ledger, progress, terminal, tracker, tracking
+
+    directory = _directory(name, out).resolve()
+    entries = ledger.read(directory)  # before the hold: as long as nobody has it none is running
+    with progress.Bar() as bar, lease.hold(directory):
+        try:
+            uri = tracking.resolve(tracking_uri, directory.parent)
+            bringing = tracker.Tracker(uri, directory, bar, anew=True)
+        except tracking.NoAnswer as error:
+            raise Failed(str(error)) from None
+        for entry in entries.values():
+            bringing.update(entry)
+        bringing.close()
+    store = bringing.store
+    written = {
+        "store": uri,
+        "runs": len(entries),
+        "new": store.new_runs,
+        "values": store.new_values,
+    }
+    if as_json:
+        terminal.print_json(written)
+    else:
+        new = f"{store.new_runs} new runs, {store.new_values:,} values"
+        click.echo(f"{uri} has {len(entries)} trials of {directory}; written: {new}")
+    sys.exit(1 if bringing.problems else 0)
+
+
+@main.command(epilog="Example:  lmsat verify ranks")
+@click.argument("name", metavar="SWEEP")
+@out_option
+@click.option(
+    "--mend", is_flag=True, help="Set aside what is damaged: the same sweep makes it anew."
+)
+@json_option
+def verify(name: str, out: Path, mend: bool, as_json: bool) -> None:
+    """Find every damaged or missing file of SWEEP, or of what was probed: records, checkpoints,
+    weights, ledger. Exit code 1 where there is one.
+
+    A sweep that goes on sees to damaged records and checkpoints by itself.
+    """
+    from orchestrator import integrity, progress, terminal
+
+    directory = _directory(name, out)
+    with progress.Bar() as bar:
+        bad, whole = integrity.verify(directory, mend, bar)
+    terminal.print_verified(directory, bad, whole, mend, as_json)
+    sys.exit(1 if bad and not mend else 0)
+
+
 @main.command(epilog="Example:  lmsat ranks smollm2 --tolerance 0.05")
 @click.argument("name", metavar="SWEEP")
 @out_option
 @click.option(
     "--tolerance",
-    type=click.FloatRange(min=0, min_open=True),
+    type=Number(min=0, min_open=True),
     default=0.02,
     show_default=True,
     help="Nats per token by which a head may fall short of full rank.",
@@ -298,7 +394,7 @@ Examples:
 @click.option("--delete", is_flag=True, help="Delete downloads once they are measured.")
 @pickle_option
 @click.option("--cpus", type=click.IntRange(min=0), default=0, help="Of one worker.")
-@click.option("--gpus", type=click.FloatRange(min=0), default=0.0, help="Of one worker.")
+@click.option("--gpus", type=Number(min=0), default=0.0, help="Of one worker.")
 @tracking_option
 @json_option
 def probe(
@@ -397,7 +493,13 @@ Examples:
     show_default=True,
     help="Of ln loss; squares: of the loss itself.",
 )
-@click.option("--delta", default=1e-3, show_default=True, help="Of Huber's loss.")
+@click.option(
+    "--delta",
+    type=Number(min=0, min_open=True),
+    default=1e-3,
+    show_default=True,
+    help="Of Huber's loss.",
+)
 @click.option("--weighted", is_flag=True, help="Points weigh by their standard errors.")
 @click.option(
     "--bootstrap",
@@ -452,16 +554,19 @@ def fit(
         draws,
         level,
     )
-    found = prediction.predict(
-        sources.table(name, out, along),
-        law,
-        settings,
-        _columns(columns),
-        where,
-        None if values else held_out,
-        values,
-        _numbers("--compute", compute) if compute else None,
-    )
+    budgets = _numbers("--compute", compute) if compute else None
+    points = sources.table(name, out, along)
+    with blame(name):
+        found = prediction.predict(
+            points,
+            law,
+            settings,
+            _columns(columns),
+            where,
+            None if values else held_out,
+            values,
+            budgets,
+        )
     answer = prediction.as_json(found)
     report = sources.report(name, out)
     files = [
@@ -492,22 +597,24 @@ Examples:
 )
 @click.option(
     "--level",
-    type=click.FloatRange(0, 0.5, min_open=True),
+    type=Number(0, 0.5, min_open=True),
     default=0.05,
     show_default=True,
     help="Of false alarms, over all series together.",
 )
 @click.option(
     "--margin",
-    type=click.FloatRange(0, min_open=True),
+    type=Number(0, min_open=True),
     default=0.01,
     show_default=True,
     help="The rise that would not matter: nats, ln perplexity or share of errors.",
 )
-@click.option("--after", type=float, help="The first step that counts; by default 2 % of the run.")
+@click.option(
+    "--after", type=Number(), help="The first step that counts; by default 2 % of the run."
+)
 @click.option(
     "--rho",
-    type=click.FloatRange(0, 0.9),
+    type=Number(0, 0.9),
     help="Autocorrelation of noise to be safe from; by default what all series tell of it.",
 )
 @click.option("--law", type=click.Path(path_type=Path), help="A fit-*.json, to tell plateaus.")
@@ -613,7 +720,7 @@ Examples:
 )
 @click.option(
     "--smoothing",
-    type=click.FloatRange(0, min_open=True),
+    type=Number(0, min_open=True),
     default=0.01,
     show_default=True,
     help="Of additive: the count added to every token.",
@@ -765,9 +872,15 @@ def _columns(given: tuple[str, ...]) -> dict[str, str]:
 
 def _numbers(option: str, given: str) -> list[float]:
     try:
-        return [float(one) for one in given.split(",")]
+        return [_finite(one) for one in given.split(",")]
     except ValueError:
         raise BadInput(f"{option}: numbers with commas, not {given!r}") from None
+
+
+def _finite(given: str) -> float:
+    if not math.isfinite(number := float(given)):
+        raise ValueError
+    return number
 
 
 def _whole(option: str, given: str) -> list[int]:
@@ -781,7 +894,7 @@ def _values(given: str) -> dict[str, float] | None:
     """N=7e9,D=140e9; None where it is something else."""
     try:
         pairs = (one.split("=") for one in given.split(","))
-        return {name.strip(): float(value) for name, value in pairs}
+        return {name.strip(): _finite(value) for name, value in pairs}
     except ValueError:
         return None
 

@@ -91,11 +91,19 @@ def on_ray(watcher: Preparing, at: str | None = None) -> Iterator[str]:
                     raise
                 said = one_line(error)
                 raise Unreachable(f"the cluster at {at} refuses: {said}") from None
+            if not at:
+                _keep_token()
         try:
             yield neutral
         finally:
             if started_here:
                 ray.shutdown()
+
+
+def _keep_token() -> None:
+    """Ray writes the token of the Ray that it starts here for all to read."""
+    with contextlib.suppress(OSError):
+        (Path.home() / ".ray" / "auth_token").chmod(0o600)
 
 
 def look(watcher: Preparing, at: str | None = None) -> Place:
@@ -267,7 +275,7 @@ class _Worker:
         try:
             work(item)
         except BadInput as error:
-            return str(error)
+            return one_line(error)
         except Exception as error:
             return f"{type(error).__name__}: {error}".split("\n")[0]
         finally:

@@ -23,9 +23,10 @@ from pydantic import ValidationError
 
 from analysis import atomic, dimension_figures, records, werror
 from analysis.errors import BadInput
-from orchestrator import cluster, ledger, measuring, schema, tracking
+from orchestrator import cluster, lease, ledger, measuring, schema, tracking
 from orchestrator.measuring import Measuring
 from orchestrator.progress import Bar
+from orchestrator.tracker import Tracker
 from trainables import corpus, dimension
 from trainables.dimension import SOFTMAX
 
@@ -79,7 +80,7 @@ def tokenizer(given: str) -> int | str:
     if not given.isdigit():
         return str(Path(given).resolve()) if Path(given).exists() else given
     try:
-        return schema.Bpe(train_bpe=int(given)).train_bpe
+        return schema.Bpe.model_validate({"train_bpe": given}).train_bpe
     except ValidationError as error:
         raise BadInput(f"--tokenizer: {given}: {error.errors()[0]['msg']}") from None
 
@@ -113,11 +114,11 @@ def run(
         if error:
             return {"counting n-grams": error}
         ledger.make(directory, directory)
-        with ledger.driving(directory):
+        with lease.hold(directory):
             atomic.write_text(directory / "dimension.json", json.dumps(dataclasses.asdict(wanted)))
             bar.preparing("opening MLflow")
-            tracker = tracking.Tracker(uri, directory, directory.name)
-            tracker.describe(f"Dimensions of {len(texts)} texts; records in `{directory}`", "")
+            note = f"Dimensions of {len(texts)} texts; records in `{directory}`"
+            tracker = Tracker(uri, directory, bar, note)
             measured = Measuring(directory, tracker, bar)
             try:
                 items = []
@@ -135,9 +136,8 @@ def run(
                 measured.go(work, _nothing, _nothing, items, cpus, 0)
             finally:
                 measured.finish()
-                for figure in dimension_figures.draw(directory, paper):
-                    tracker.artifact(figure)
-                tracker.close(finished=measured.whole)
+                dimension_figures.draw(directory, paper)
+                tracker.close()
     return measured.failed
 
 

@@ -315,18 +315,10 @@ def _store(uri: str | None, out: Path, folder: Path) -> list[Finding]:
         if os.access(next(p for p in file.parents if p.exists()), os.W_OK):
             return [Finding("MLflow", "driver", "ok", f"{store} will be made")]
         return [Finding("MLflow", "driver", "wrong", f"{store} cannot be made", "another --out")]
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     try:
-        tracker = tracking.Tracker(store, folder / "mlflow", "lmsat-doctor")
-        try:
-            if store.startswith("http"):  # of a file the artifacts lie in --out
-                tracker.artifact(folder / "driver")
-        finally:
-            tracker.discard(tracker.parent)
-            tracker.client.delete_experiment(tracker.experiment)
+        tracking.try_out(store, folder)
     except Exception as error:  # a store may fail in any way
-        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        return [Finding("MLflow", "driver", "wrong", f"{store}: {line}", todo)]
+        return [Finding("MLflow", "driver", "wrong", f"{store}: {tracking.why(error)}", todo)]
     return [Finding("MLflow", "driver", "ok", f"{store} can be written to")]
 
 

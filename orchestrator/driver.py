@@ -4,9 +4,10 @@ import time
 from pathlib import Path
 from typing import Any, Protocol
 
-from analysis import atomic, records
+from analysis import records
+from analysis.errors import full
 from orchestrator import ledger, plan
-from orchestrator.tracking import Tracker
+from orchestrator.tracker import Tracker
 from trainables import heads, schedule
 
 
@@ -24,6 +25,8 @@ class Watcher(Preparing, Protocol):
     def progress(self, trial: str, step: int, steps: int) -> None: ...
     def ended(self, trial: str, status: str, error: str | None) -> None: ...
     def stopping(self) -> None: ...
+    def warned(self, what: str) -> None: ...
+    def catching_up(self, left: int) -> None: ...
 
 
 class Driver:
@@ -35,26 +38,29 @@ class Driver:
         self.packs: list[list[str]] = []
         self.entries: dict[str, dict[str, Any]] = {}
         self.active: set[str] = set()
+        self.tries: dict[str, int] = {}  # to begin a trial, in vain
+        self.reached: dict[str, int] = {}  # the furthest step that was heard of
+        self.stopped = False
+        self.full: str | None = None  # why, where a disk is
 
     def add(self, trials: list[dict[str, Any]], planned: plan.Plan) -> None:
         """Take up what the ledger knows of these trials, and bring MLflow up to the records."""
         self.costs |= {cost.id: cost for cost in planned.costs}
         self.packs += [pack.trials for pack in planned.packs]
-        known, runs = ledger.read(self.sweep), self.tracker.children()
+        known = ledger.read(self.sweep)
         for trial in trials:
             id, t = trial["id"], trial["train"]
-            entry = {"status": "waiting", "step": 0, **known.get(id, {}), "run": runs.get(id)}
+            entry = {"status": "waiting", "step": 0, **known.get(id, {})}
             if entry["status"] not in ledger.FINISHED:
                 entry |= {"status": "waiting", "error": None}
-            if entry.get("store") != self.tracker.uri:
-                entry |= {"store": self.tracker.uri, "tracked": False}
             trained = trial["head"]["kind"] not in heads.BASELINES
             steps = schedule.steps(t["tokens"], t["batch"], t["sequence"]) if trained else 0
             # The trial anew: the grid may have given it other hardware.
-            entry = {**entry, "id": id, "steps": steps, "trial": trial}
-            if not entry.get("tracked") and (entry["run"] or entry["status"] in ledger.FINISHED):
-                self._track(entry)
-            self.entries[id] = ledger.write(self.sweep, entry)
+            entry |= {"id": id, "steps": steps, "trial": trial, "tags": self._tags(id)}
+            if entry != known.get(id):
+                entry = ledger.write(self.sweep, entry)
+            self.entries[id] = entry
+            self.tracker.update(entry)
         statuses = {i: entry["status"] for i, entry in self.entries.items()}
         self.watcher.started(list(self.costs.values()), statuses)
 
@@ -62,23 +68,53 @@ class Driver:
     def pending(self) -> list[str]:
         return [i for i, e in self.entries.items() if e["status"] not in ledger.FINISHED]
 
+    @property
+    def waiting(self) -> list[str]:
+        return [i for i, e in self.entries.items() if e["status"] == "waiting"]
+
     def on_start(self, id: str) -> None:
-        entry = self.entries[id]
         self.active.add(id)
-        if entry["run"]:
-            self.tracker.restart(entry["run"])
-        else:
-            entry["run"] = self._child(entry["trial"])
         self._set(id, status="running", error=None)
+        self.tracker.update(self.entries[id])
         self.watcher.running(id)
 
-    def on_result(self, result: dict[str, Any]) -> None:
+    def on_result(self, result: dict[str, Any]) -> bool:
+        """Whether the trial has got further than ever before."""
         id = result["trial"]
         entry = self.entries[id]
-        self.tracker.log(entry["run"], result["rows"])
+        if warning := result.get("warning"):
+            self.watcher.warned(warning)
+            return False
+        self.tracker.update(entry, result["rows"])
         self.watcher.progress(id, result["step"], result["steps"])
         if time.time() - entry["updated"] > 2:
             self._set(id, step=result["step"])
+        before = self.reached.get(id, 0)
+        self.reached[id] = max(before, result["step"])
+        return result["step"] > before
+
+    def on_failure(self, pack: list[str], failure: str) -> None:
+        """Keep what was said, and stop where a disk is full."""
+        self.full = self.full or full(failure)
+        if self.full:
+            self.watcher.warned(self.full)
+            (self.sweep / "stop").touch()
+            return
+        for id in pack:
+            log = self.sweep / "trials" / id / "errors.txt"
+            log.parent.mkdir(parents=True, exist_ok=True)
+            with log.open("a") as file:
+                file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}\n{failure.strip()}\n\n")
+        self.watcher.warned(f"{self.costs[pack[0]].name}: {last_line(failure)}")
+
+    def again(self, id: str) -> bool:
+        """Whether to try once more to begin a trial."""
+        self.tries[id] = self.tries.get(id, 0) + 1
+        if self.tries[id] > self.entries[id]["trial"]["retries"]:
+            return False
+        self.active.discard(id)
+        self._set(id, status="waiting")
+        return True
 
     def on_end(self, id: str, error: str | None = None) -> None:
         self.active.discard(id)
@@ -90,32 +126,16 @@ class Driver:
         entry = self.entries[id]
         if entry["status"] == "failed":
             self._record_failure(entry)
-        self._track(entry)
-        ledger.write(self.sweep, entry)
+        self.tracker.update(entry)
         self.watcher.ended(id, entry["status"], error)
 
     def _set(self, id: str, **news: Any) -> None:
         self.entries[id] = ledger.write(self.sweep, {**self.entries[id], **news})
 
-    def _track(self, entry: dict[str, Any]) -> None:
-        """Bring MLflow up to the records, and, where the trial has ended, to its end."""
-        entry["run"] = entry["run"] or self._child(entry["trial"])
-        rows = records.scan(self.sweep, "scalars", entry["id"]).collect().iter_rows(named=True)
-        self.tracker.log(entry["run"], rows)
-        if entry["status"] == "waiting":
-            return
-        self.tracker.tag(entry["run"], {"status": entry["status"]})
-        if entry["status"] in ledger.FINISHED:
-            spectra = self.sweep / "report" / "spectra" / f"{entry['id']}.parquet"
-            frame = records.scan(self.sweep, "spectra", entry["id"]).collect()
-            atomic.write(spectra, frame.write_parquet)
-            self.tracker.artifact(spectra, entry["run"], "spectra")
-            entry["tracked"] = True
-        self.tracker.finish(entry["run"], entry["status"])
-
-    def _child(self, trial: dict[str, Any]) -> str:
-        cost = self.costs[trial["id"]]
-        tags = {
+    def _tags(self, id: str) -> dict[str, Any]:
+        """What MLflow is to show beside the trial's own fields."""
+        cost = self.costs[id]
+        return {
             "head": cost.head,
             "rank": cost.rank,
             "d": cost.d,
@@ -124,10 +144,15 @@ class Driver:
             "tokens_per_param": f"{cost.tokens / cost.params:.4g}",
             "epochs": cost.epochs and f"{cost.epochs:.4g}",
         }
-        return self.tracker.child(trial, tags)
 
     def _record_failure(self, entry: dict[str, Any]) -> None:
         for row in records.scan(self.sweep, "trials", entry["id"]).collect().to_dicts():
             records.write(
                 self.sweep, "trials", entry["id"], row["step"], [{**row, "status": "failed"}]
             )
+
+
+def last_line(failure: str) -> str:
+    """Of a traceback: what went wrong."""
+    lines = [line for line in failure.splitlines() if line.strip()]
+    return lines[-1].strip() if lines else "its worker died"

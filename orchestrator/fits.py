@@ -136,6 +136,8 @@ def _beside(node: Node, need: Need, hungriest: list[Need]) -> Iterable[float]:
     resources = need.trial["resources"]
     cpus, gpus = node.cpus - resources["cpus"], node.gpus - resources["gpus"]
     for other in hungriest:
+        if cpus < 1:
+            return  # of thousands the first few have it all
         r = other.trial["resources"]
         left = r["workers"] - (other is need)
         fit = cpus // r["cpus"]

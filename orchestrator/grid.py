@@ -9,9 +9,10 @@ import functools
 import hashlib
 import itertools
 import json
+import math
 import re
+import reprlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,15 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from analysis.errors import BadInput
+from analysis.errors import BadInput, blame
 from orchestrator import schema, search
 from trainables import backbones, corpus, frozen, heads, zero
 
 SHIPPED = Path(__file__).parent / "grids"
+BYTES = 4_000_000  # of a grid file
+MOST = 100_000  # trials of a grid, and values in its file
+DEEPEST = 20  # that these are nested
+LARGEST = 10**18  # of whole numbers
 RECIPE = 2  # of training and probes: a change that moves results makes every id new
 
 
@@ -54,25 +59,24 @@ def find(name: str) -> Path:
 def load(path: Path) -> Grid:
     """Read and validate a grid file. Raises BadInput, one line, with file and field."""
     try:
+        if path.stat().st_size > BYTES:
+            raise BadInput(f"{path}: of more than {BYTES:,} bytes, is it a grid?")
         raw = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except RecursionError:
+        raise BadInput(f"{path}: nested too deep") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or "not YAML"
+        problem = getattr(error, "problem", None) or getattr(error, "reason", "not YAML")
         raise BadInput(f"{path}{line}: {problem}") from None
-    except (UnicodeDecodeError, OSError) as error:
+    except BadInput:
+        raise
+    except (OSError, ValueError, LookupError, AttributeError) as error:
+        # Not UTF-8, or not what it says it is: 2024-99-99, !!bool 7.
         raise BadInput(f"{path}: cannot be read: {error}") from None
     with blame(path):
+        _check_plain(raw)
         return _grid(raw, path)
-
-
-@contextmanager
-def blame(path: Path) -> Iterator[None]:
-    """What is bad input within is the grid file's: say so."""
-    try:
-        yield
-    except BadInput as error:
-        raise BadInput(f"{path}: {error}") from None
 
 
 class _Loader(yaml.SafeLoader):
@@ -90,10 +94,36 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+def _check_plain(raw: Any) -> None:
+    """Raises BadInput for what YAML can say and a grid cannot: dates, bytes, sets, and aliases of
+    aliases that come to more than a machine can hold."""
+    for count, (at, value) in enumerate(_values(raw)):
+        if count == MOST:
+            raise BadInput(f"more than {MOST:,} values, each alias counted as often as it is used")
+        if len(at) > DEEPEST:
+            raise BadInput(f"{at[0]}: nested more than {DEEPEST} deep")
+        if not isinstance(value, str | int | float | list | dict | None):
+            kind = type(value).__name__
+            raise BadInput(f"{'.'.join(at)}: expected text or a number, not a {kind}; quote it")
+        if isinstance(value, int) and abs(value) > LARGEST:
+            raise BadInput(f"{'.'.join(at)}: a whole number beyond {LARGEST:g}")
+
+
+def _values(tree: Any, at: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Everything in the tree, and where."""
+    yield at, tree
+    if isinstance(tree, dict | list):
+        for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
+            yield from _values(value, (*at, str(key)))
+
+
 def check_name(field: str, name: Any) -> None:
     """Raises BadInput where no directory can be called so."""
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
-        raise BadInput(f"{field}: {name!r}: letters, digits, dot, dash and underscore only")
+        raise BadInput(
+            f"{field}: {reprlib.repr(name)}: letters, digits, dot, dash and underscore only, at "
+            "most 100"
+        )
 
 
 def _grid(raw: Any, path: Path) -> Grid:
@@ -158,9 +188,12 @@ def _absolute(tree: Any, folder: Path, at: tuple[str, ...] = ()) -> Any:
     if isinstance(tree, list):
         return [_absolute(v, folder, at) for v in tree]
     if at in _PATHS and isinstance(tree, str) and "://" not in tree:
-        path = (folder / tree).resolve()
-        if at == ("corpus", "files") or path.exists():
-            return str(path)
+        try:
+            path = (folder / tree).resolve()
+            if at == ("corpus", "files") or path.exists():
+                return str(path)
+        except (OSError, RuntimeError, ValueError) as error:  # too long, a loop, with a NUL
+            raise BadInput(f"{'.'.join(at)}: {reprlib.repr(tree)} is no path: {error}") from None
     return tree
 
 
@@ -178,6 +211,8 @@ def _axes(tree: dict[str, Any], prefix: tuple[str, ...] = ()) -> Iterator[tuple[
 
 def _product(tree: dict[str, Any]) -> Iterator[dict[str, Any]]:
     axes = list(_axes(tree))
+    if (count := math.prod(len(values) for _, values in axes)) > MOST:
+        raise BadInput(f"its axes make {count:,} trials; {MOST:,} are the most")
     for values in itertools.product(*(v for _, v in axes)):
         cell = tree
         for (path, _), value in zip(axes, values, strict=True):

@@ -10,13 +10,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import polars as pl
-
 from analysis import records
 from analysis.errors import BadInput
 from orchestrator import cluster, ledger, tracking
 from orchestrator.place import Place
 from orchestrator.progress import Bar
+from orchestrator.tracker import Tracker
 
 Settings = dict[str, Any]  # of a series; `trial` is a hash of all that changes what is found
 
@@ -64,7 +63,7 @@ def check_same(directory: Path, series: dict[str, Settings], hardware: tuple[str
 class Measuring:
     """The series of a directory, and how far they are."""
 
-    def __init__(self, directory: Path, tracker: tracking.Tracker, bar: Bar) -> None:
+    def __init__(self, directory: Path, tracker: Tracker, bar: Bar) -> None:
         self.directory, self.tracker, self.bar = directory, tracker, bar
         self.entries: dict[str, dict[str, Any]] = {}
         self.failed: dict[str, str] = {}
@@ -77,19 +76,16 @@ class Measuring:
         A step counts as measured while its mark is the same. `params`: what MLflow shows.
         """
         id, known = settings["trial"], ledger.read(self.directory)
-        entry = {"checkpoints": {}, **known.get(id, {}), "run": self.tracker.children().get(id)}
+        entry = {"checkpoints": {}, "edition": 0, **known.get(id, {})}
         entry |= {"id": id, "name": name, "status": "running", "settings": settings, "step": 0}
         whole = records.segments(self.directory, "trials", id)
         kept = {int(at): k["fingerprint"] for at, k in entry["checkpoints"].items()}
         if stale := [at for at, mark in marks.items() if at in whole and kept.get(at) != mark]:
-            if entry["run"]:
-                self.tracker.discard(entry["run"])
-            entry["run"], whole = None, whole - {*stale}
-        if not entry["run"]:
-            trial = {**params, "id": id, "name": name}
-            entry["run"] = self.tracker.child(trial, {"checkpoints": len(marks)})
-        self.tracker.restart(entry["run"])
-        self._log(id, entry["run"], whole)
+            # What MLflow holds cannot be written anew: another run takes its place.
+            entry["edition"] += 1
+            whole -= {*stale}
+        entry["shown"] = {**params, "id": id, "name": name}
+        entry["tags"] = {"checkpoints": len(marks), "edition": entry["edition"] or None}
         left = sorted(marks.keys() - whole)
         for at, mark in sorted(marks.items()):
             status = "waiting" if at in left else "done"
@@ -97,6 +93,7 @@ class Measuring:
         for at in left:
             records.drop(self.directory, id, at)
         self.entries[id] = ledger.write(self.directory, entry)
+        self.tracker.update(self.entries[id])
         return left
 
     def go(
@@ -119,20 +116,14 @@ class Measuring:
         """Of all series, those measured before too."""
         return sum(len(entry["checkpoints"]) for entry in self.entries.values())
 
-    @property
-    def whole(self) -> bool:
-        """Whether all of it has been measured."""
-        return {entry["status"] for entry in self.entries.values()} == {"done"}
-
     def finish(self) -> None:
         """Say how it ended, or that it was stopped."""
         for id, entry in self.entries.items():
             found = {kept["status"] for kept in entry["checkpoints"].values()}
             ends = (("waiting", "stopped"), ("failed", "failed"))
             status = next((end for kind, end in ends if kind in found), "done")
-            self.tracker.tag(entry["run"], {"status": status})
-            self.tracker.finish(entry["run"], status)
             self.entries[id] = ledger.write(self.directory, {**entry, "status": status})
+            self.tracker.update(self.entries[id])
 
     def _ended(self, item: dict[str, Any], error: str | None) -> None:
         id, at = item["trial"], item["step"]
@@ -142,12 +133,8 @@ class Measuring:
         if error:
             records.drop(self.directory, id, at)
             self.failed[f"{entry['name']} step {at}"] = error
-        else:
-            self._log(id, entry["run"], {at})
         self.entries[id] = ledger.write(self.directory, entry)
+        if not error:
+            rows = records.scan(self.directory, "scalars", id).filter(step=at)
+            self.tracker.update(self.entries[id], rows.collect().to_dicts())
         self.bar.ended(f"{entry['name']} step {at}", error)
-
-    def _log(self, id: str, run: str, steps: set[int]) -> None:
-        """Bring MLflow up to the records of these steps."""
-        rows = records.scan(self.directory, "scalars", id).filter(pl.col("step").is_in(steps))
-        self.tracker.log(run, rows.collect().iter_rows(named=True))

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import yaml
 
-from analysis.errors import BadInput
+from analysis.errors import BadInput, one_line
 
 ENOUGH = 2**20  # CPUs of a place of which only the GPUs are named
 
@@ -108,8 +108,8 @@ def find(text: str) -> Place:
         return named(text)
     try:
         found = launched(path)
-    except (OSError, yaml.YAMLError, AttributeError, KeyError, TypeError, ValueError) as error:
-        raise BadInput(f"--on: {text}: no file for `ray up`: {error}") from None
+    except Exception as error:  # it may be anything
+        raise BadInput(f"--on: {text}: no file for `ray up`: {one_line(error)}") from None
     if not any(node.most for node in found.nodes):
         raise BadInput(f"--on: {text}: it does not say what its machines have")
     return found

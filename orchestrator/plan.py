@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from analysis.errors import BadInput
+from analysis.errors import BadInput, blame
 from orchestrator import fits, packs, sizes
 from orchestrator import place as places
 from orchestrator.fits import PROCESS_BYTES, Machine
-from orchestrator.grid import Grid, blame
+from orchestrator.grid import Grid
 from orchestrator.place import Place
 from orchestrator.sizes import Size
 from trainables import backbones, corpus, features, frozen, heads, schedule, zero

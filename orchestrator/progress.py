@@ -12,6 +12,7 @@ from orchestrator.plan import Cost
 from orchestrator.terminal import duration, short
 
 EVERY = 10.0  # seconds between lines where there is no terminal
+CATCHING_UP = "bringing MLflow up to date"
 
 
 class Bar:
@@ -30,6 +31,7 @@ class Bar:
         self.bar = rich.progress.Progress(*columns, console=console, transient=True)
         self.task = self.bar.add_task("", total=None)
         self.count, self.total = 0, 0
+        self.left = 0  # of MLflow's runs, at first
 
     def __enter__(self) -> "Bar":
         if self.console.is_terminal:
@@ -59,6 +61,18 @@ class Bar:
             self.console.print(f"{what} failed: {error}", soft_wrap=True)
         elif not self.console.is_terminal and time.monotonic() - self.said > EVERY:
             self.console.print(f"{self.count} of {self.total} done", soft_wrap=True)
+            self.said = time.monotonic()
+
+    def warned(self, what: str) -> None:
+        self.console.print(what, soft_wrap=True)
+
+    def catching_up(self, left: int) -> None:
+        """Of MLflow's runs, so many are not up to date."""
+        self.left = max(left, self.left)
+        done = self.left - left
+        self.bar.update(self.task, total=self.left, completed=done, description=CATCHING_UP)
+        if not self.console.is_terminal and time.monotonic() - self.said > EVERY:
+            self.warned(f"{CATCHING_UP}: {left} runs left")
             self.said = time.monotonic()
 
 
@@ -119,6 +133,17 @@ class Progress:
             reason = f": {error}" if error else ""
             self._say(f"{self.costs[trial].name} {status}{reason}")
         self._show(always="running" not in self.status.values())
+
+    def warned(self, what: str) -> None:
+        self._say(what)
+
+    def catching_up(self, left: int) -> None:
+        line = f"{CATCHING_UP}: {left} runs left"
+        if self.console.is_terminal:
+            self.live.update(Text(line))
+        elif time.monotonic() - self.said > EVERY:
+            self._say(line)
+            self.said = time.monotonic()
 
     def stopping(self) -> None:
         self._say("stopping: running trials are being saved; again to stop at once")

@@ -1,6 +1,7 @@
 """The fields of a grid file: what each means, its default, and what it may be."""
 
 import difflib
+import reprlib
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -20,7 +21,8 @@ def _number(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-Integer = Annotated[int, BeforeValidator(_number)]
+Text = Annotated[str, Field(min_length=1, max_length=1000)]
+Integer = Annotated[int, BeforeValidator(_number), Field(le=10**15)]
 Positive = Annotated[Integer, Field(ge=1)]
 Real = Annotated[float, BeforeValidator(_number), Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[Real, Field(le=1)]
@@ -33,19 +35,19 @@ class _Section(BaseModel):
 class Source(_Section):
     """The text: exactly one of package, files, hub."""
 
-    package: str | None = None
+    package: Text | None = None
     """Text that ships inside an installed Python package: its .txt files."""
-    files: str | None = None
+    files: Text | None = None
     """A path, glob or fsspec URL of .txt (one document a file), .jsonl or .parquet (one a row)."""
-    hub: str | None = None
+    hub: Text | None = None
     """A dataset by its Hugging Face name, or a local dataset directory; read as a stream."""
-    config: str | None = None
+    config: Text | None = None
     """The hub dataset's configuration."""
-    split: str = "train"
+    split: Text = "train"
     """The hub dataset's split to read."""
-    text: str = "text"
+    text: Text = "text"
     """The column that holds the text."""
-    date: str | None = None
+    date: Text | None = None
     """The column that holds an ISO date; .txt files may begin their names with one."""
     documents: Positive | None = None
     """Read at most so many documents."""
@@ -64,22 +66,22 @@ class Source(_Section):
 class Bpe(_Section):
     """A tokenizer made for the corpus."""
 
-    train_bpe: Annotated[Positive, Field(ge=257)]
+    train_bpe: Annotated[Positive, Field(ge=257, le=10**7)]
     """Entries of a byte-level BPE trained on the training text (bytes and one end mark: 257)."""
 
 
 class Model(_Section):
     """The backbone: size or config (from scratch), or pretrained (of rankfit)."""
 
-    size: str | None = None
+    size: Text | None = None
     """A size of the ladder: nano-4 to nano-256, pythia-14m to pythia-12b."""
-    config: str | None = None
+    config: Text | None = None
     """Any causal language model of transformers: a hub name, or a config.json, or its folder."""
-    pretrained: str | None = None
+    pretrained: Text | None = None
     """A trained causal language model: a hub name, a local folder, or that of a finished trial."""
-    revision: str | None = None
+    revision: Text | None = None
     """Of a pretrained hub model: branch, tag or commit."""
-    gguf_file: str | None = None
+    gguf_file: Text | None = None
     """The file in the pretrained model's folder, where it is GGUF."""
     residual: Literal["parallel", "sequential"] | None = None
     """Attention and MLP side by side, as in Pythia (the default there), or one after the other."""
@@ -223,7 +225,7 @@ class Trial(_Section):
     """pretrain: from scratch. rankfit: a head on the hidden states of a frozen pretrained model."""
     corpus: Source
     """The text."""
-    tokenizer: Bpe | str | None = None
+    tokenizer: Bpe | Text | None = None
     """{train_bpe: N}, a local tokenizer.json (or its folder), or a hub name; of rankfit the
     model's own by default."""
     model: Model
@@ -242,6 +244,8 @@ class Trial(_Section):
     """What is measured."""
     checkpoints: Positive = 4
     """How many times a run is saved, evenly apart."""
+    retries: Annotated[Integer, Field(ge=0)] = 2
+    """How often a trial that fails is tried again without getting any further."""
     keep_weights: bool = False
     """Of pretrain: keep the weights of every checkpoint, for `lmsat probe`."""
     features: Literal["pass", "cache"] = "pass"
@@ -295,6 +299,8 @@ class Trial(_Section):
             raise ValueError(
                 f"resources.gpus: {gpus:g}; several workers cannot share a GPU, give each a whole"
             )
+        if 0 < gpus < 1e-4:
+            raise ValueError(f"resources.gpus: {gpus:g}; 0.0001 is the least share of one")
         return self
 
 
@@ -314,20 +320,20 @@ def explain(error: ValidationError) -> str:
     """The first thing that is wrong, in one line: field, and what would be right."""
     errors = sorted(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
     path = [str(part) for part in errors[0]["loc"] if part not in ("Bpe", "str")]
-    where, kind, given = ".".join(path), errors[0]["type"], errors[0]["input"]
+    where, kind, given = ".".join(path), errors[0]["type"], reprlib.repr(errors[0]["input"])
     if kind == "extra_forbidden":
         section: type[BaseModel] = _SECTIONS[path[0]] if len(path) > 1 else Trial
         return f"{where}: " + _unknown("field", path[-1], section.model_fields)
     if kind == "missing":
         return f"{where}: missing"
     if path == ["tokenizer"]:
-        return f"tokenizer: expected {{train_bpe: N}}, a file or a hub name, not {given!r}"
+        return f"tokenizer: expected {{train_bpe: N}}, a file or a hub name, not {given}"
     if kind == "model_type":
         fields = ", ".join(_SECTIONS[path[0]].model_fields)
-        return f"{where}: expected fields ({fields}), not {given!r}"
+        return f"{where}: expected fields ({fields}), not {given}"
     message = errors[0]["msg"].removeprefix("Value error, ")
     message = f"{where}: {message}" if where else message
-    return message + ("" if isinstance(given, dict) else f", not {given!r}")
+    return message + ("" if isinstance(errors[0]["input"], dict) else f", not {given}")
 
 
 def _unknown(what: str, name: str, known: Any) -> str:

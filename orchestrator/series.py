@@ -16,6 +16,7 @@ from trainables import corpus, frozen, schedule, tensors
 
 T = TypeVar("T")
 
+MOST = 100_000  # names that braces make
 ASKED = 3  # of a series' checkpoints, before all are taken for missing
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)(?:\.\.(\d+))?\}|\{([^{}]*)\}")
 
@@ -84,6 +85,8 @@ def expand(pattern: str) -> Iterator[str]:
         by = int(stride or 1)
         if by < 1 or int(first) > int(last):
             raise BadInput(f"--revisions: {found[0]} is empty; write {{FIRST..LAST..STRIDE}}")
+        if int(last) - int(first) >= MOST * by:
+            raise BadInput(f"--revisions: {found[0]} is more than {MOST:,} names")
         width = len(first) if first.startswith("0") else 0
         values = [str(n).zfill(width) for n in range(int(first), int(last) + 1, by)]
     for value in values:

@@ -10,7 +10,7 @@ import polars as pl
 
 from analysis import points, powerlaw, ranks, records, tables
 from analysis.curves import Curve, of_records, of_table
-from analysis.errors import BadInput
+from analysis.errors import BadInput, blame
 from analysis.laws import LAWS, areas
 from orchestrator import ledger
 from trainables import schedule
@@ -51,7 +51,9 @@ def curves(
     sweep = directory(name, out)
     if sweep is None:
         frame = points.read(Path(name))
-        return of_table(points.where(frame, where, "--where") if where else frame, given, better)
+        with blame(name):
+            kept = points.where(frame, where, "--where") if where else frame
+            return of_table(kept, given, better)
     if where:
         raise BadInput("--where: is for tables; a sweep is taken whole")
     found = of_records(sweep)
@@ -71,15 +73,17 @@ def laws(path: Path, series: list[Curve]) -> dict[str, tuple[float, float, float
     """What the law of a fit-*.json says of each model at its last step, with its interval."""
     try:
         answer = json.loads(path.read_text())
-        law, draws = LAWS[answer["form"]], answer["draws"]
-        constants = {row["name"]: row["value"] for row in answer["constants"]}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        law = LAWS[answer["form"]]
+        drawn = {name: np.array(c, float)[:, None] for name, c in answer["draws"].items()}
+        constants = {row["name"]: float(row["value"]) for row in answer["constants"]}
+        if not constants.keys() == drawn.keys() == set(law.constants):
+            raise ValueError(f"the constants of {law.name} are {', '.join(law.constants)}")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise BadInput(f"--law: {path} is no fit-*.json of lmsat fit ({error})") from None
     found = {}
     for one in series:
         if set(law.variables) <= set(one.facts):
             x = {v: np.array([one.facts[v]]) for v in law.variables}
-            drawn = {k: np.array(c)[:, None] for k, c in draws.items()}
             low, high = powerlaw.ends(powerlaw.predict(law, drawn, x).ravel(), LEVEL)
             found[one.model] = (float(powerlaw.predict(law, constants, x)[0]), low, high)
     if not found:

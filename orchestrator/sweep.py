@@ -6,26 +6,27 @@ Workers write records and checkpoints themselves, so the driver may die at any t
 import contextlib
 import dataclasses
 import hashlib
-import json
 import math
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import click
 import fsspec
 import yaml
 from ray import tune
+from ray.tune.trainable import wrap_function
 
-from analysis import atomic, bound_figures, figures, ranks, tables, trajectories
-from analysis.errors import BadInput, one_line
-from orchestrator import cluster, ledger, place, plan, search, team, tracking
-from orchestrator.driver import Driver, Watcher
-from orchestrator.grid import Grid, blame, numbered
+from analysis import atomic, bound_figures, figures, ranks, sealed, tables, trajectories
+from analysis.errors import BadInput, Failed, blame, full, one_line
+from orchestrator import cluster, integrity, lease, ledger, place, plan, search, team, tracking
+from orchestrator.driver import Driver, Watcher, last_line
+from orchestrator.grid import Grid, numbered
 from orchestrator.place import Place
+from orchestrator.tracker import Tracker
 from trainables import corpus
-
-RETRIES = 2  # of a trial whose worker raised or was killed
 
 
 def run(
@@ -41,11 +42,14 @@ def run(
 
     On the cluster at `address` or RAY_ADDRESS, else on a Ray of this machine; checkpoints go to a
     folder or an fsspec URL of their own, else into the sweep's directory.
-    Raises BadInput before anything is started or written where the grid cannot run there.
+    Raises BadInput before anything is started or written where the grid cannot run there; Failed
+    where the sweep cannot go on, for want of room on a disk or of the hold on it.
     """
     out, cache = out.resolve(), cache.resolve()
     sweep, uri = out / grid.name, tracking.resolve(tracking_uri, out)
-    if checkpoints and "://" not in checkpoints:
+    if checkpoints and "://" in checkpoints:
+        tracking.check_secrets("--checkpoints", checkpoints)
+    elif checkpoints:
         checkpoints = str(Path(checkpoints).resolve())  # on Ray the current directory is another
     _check_same(grid, sweep)
     with contextlib.ExitStack() as stack:
@@ -65,22 +69,23 @@ def run(
             watcher.preparing(f"hidden states go to {cache}: {planned.features / 1e9:.2f} GB")
         storage = _storage(checkpoints, sweep)
         ledger.make(sweep, out)
-        stack.enter_context(ledger.driving(sweep))
+        holding = stack.enter_context(lease.hold(sweep))
+        integrity.mend(sweep, False, watcher.warned)
         _keep(grid, planned.costs, storage, sweep)
         watcher.preparing("opening MLflow")
-        tracker = tracking.Tracker(uri, sweep, grid.name)
-        tracker.describe(_note(grid, sweep), _hash(grid))
+        tracker = Tracker(uri, sweep, watcher, _note(grid, sweep), _hash(grid))
         driver = Driver(sweep, tracker, watcher)
         driver.add(grid.trials, planned)
         try:
             while True:
-                if driver.pending:
-                    _tune(driver, cache, storage, there)
+                while driver.waiting and not driver.stopped:
+                    _tune(driver, holding, cache, storage, there)
                 if driver.pending or not _extend(driver, cache, there):
                     break
         finally:
-            _show(sweep, tracker)
-            tracker.close(finished=not driver.pending)
+            if not holding.lost.is_set():
+                _show(sweep)
+                tracker.close()
         return driver.entries
 
 
@@ -89,7 +94,7 @@ def _storage(wanted: str | None, sweep: Path) -> str | None:
     written there."""
     place = wanted
     if (sweep / "plan.json").is_file():
-        place = json.loads((sweep / "plan.json").read_text()).get("checkpoints")
+        place = sealed.read(sweep / "plan.json").get("checkpoints")
         if wanted and wanted != place:
             raise BadInput(
                 f"--checkpoints: those of {sweep} are in {place or 'its own directory'}; "
@@ -114,7 +119,7 @@ def _check_writable(place: str) -> None:
 def _check_same(grid: Grid, sweep: Path) -> None:
     if not (sweep / "plan.json").is_file():
         return
-    before = json.loads((sweep / "plan.json").read_text())
+    before = sealed.read(sweep / "plan.json")
     if {t["id"] for t in before["trials"]} == {t["id"] for t in grid.trials}:
         return
     old, new = dict(tracking.flat(before["grid"])), dict(tracking.flat(grid.raw))
@@ -143,7 +148,7 @@ def _check_text(grid: Grid, cache: Path, watcher: Watcher) -> None:
 def _keep(grid: Grid, costs: list[plan.Cost], storage: str | None, sweep: Path) -> None:
     trials = [dataclasses.asdict(c) for c in costs]
     kept = {"grid": grid.raw, "checkpoints": storage, "trials": trials}
-    atomic.write_text(sweep / "plan.json", json.dumps(kept, indent=1))
+    sealed.write(sweep / "plan.json", kept)
     atomic.write_text(sweep / "grid.yaml", yaml.safe_dump(grid.raw, sort_keys=False))
 
 
@@ -173,37 +178,45 @@ def _extend(driver: Driver, cache: Path, there: Place) -> bool:
     return bool(more)
 
 
-def _show(sweep: Path, tracker: tracking.Tracker) -> None:
+def _show(sweep: Path) -> None:
     table = tables.final_losses(sweep)
     if table.height:
-        tracker.artifact(figures.loss_vs_rank(table, sweep / "report" / "loss_vs_rank.png"))
-        for figure in trajectories.draw(sweep):
-            tracker.artifact(figure)
+        figures.loss_vs_rank(table, sweep / "report" / "loss_vs_rank.png")
+        trajectories.draw(sweep)
     for backbone in ranks.fitted(sweep):
         path = sweep / "report" / f"ranks_{backbone.name}.png"
-        tracker.artifact(figures.ranks(backbone, path))
+        figures.ranks(backbone, path)
         points = bound_figures.w_errors(sweep, backbone)
         if points.height:
             path = sweep / "report" / f"werror_{backbone.name}.png"
-            tracker.artifact(bound_figures.w_error(backbone, points, path))
+            bound_figures.w_error(backbone, points, path)
 
 
-def _tune(driver: Driver, cache: Path, storage: str | None, there: Place) -> None:
-    """Run the pending trials to their end, or until the user asks to stop."""
+def _tune(
+    driver: Driver, holding: lease.Lease, cache: Path, storage: str | None, there: Place
+) -> None:
+    """Run the waiting trials to their end, or until the user asks to stop."""
+    waiting = set(driver.waiting)
+    left = ([id for id in pack if id in waiting] for pack in driver.packs)
+    packs = [pack for pack in left if pack]
+    trials = [driver.entries[pack[0]]["trial"] for pack in packs]
+    needs = [trial["resources"] for trial in trials]
+    # A cluster grows by those that wait; where they differ, one kind must not bar the way.
+    alike = all(n == needs[0] for n in needs)
+    room = place.at_once(there, **needs[0])[1] if alike else 200
     os.environ.update(
         TUNE_DISABLE_AUTO_CALLBACK_LOGGERS="1",
         TUNE_DISABLE_SIGINT_HANDLER="1",
         TUNE_GLOBAL_CHECKPOINT_S="86400",  # its own state is of no use to us
+        TUNE_MAX_PENDING_TRIALS_PG=str(max(1, room)),
         RAY_AIR_NEW_OUTPUT="0",
+        TUNE_PRINT_ALL_TRIAL_ERRORS="0",  # they are kept, and told in one line
     )
-    trials = {i: driver.entries[i]["trial"] for i in driver.pending}
-    left = ([id for id in pack if id in trials] for pack in driver.packs)
-    packs = [pack for pack in left if pack]
     stop_file = driver.sweep / "stop"
     stop_file.unlink(missing_ok=True)
 
     def resources(config: dict[str, Any]) -> tune.PlacementGroupFactory:
-        wanted = trials[config["pack"][0]]["resources"]
+        wanted = config["resources"]
         if wanted["workers"] == 1:
             return tune.PlacementGroupFactory([{"CPU": wanted["cpus"], "GPU": wanted["gpus"]}])
         # This is who waits for the workers: on the head, which stays, and no more of them than
@@ -212,20 +225,21 @@ def _tune(driver: Driver, cache: Path, storage: str | None, there: Place) -> Non
         return tune.PlacementGroupFactory([{cluster.HEAD: math.floor(1e4 / teams) / 1e4}])
 
     with cluster.on_ray(driver.watcher) as neutral, _stop_on_signal(stop_file, driver.watcher):
-        tune.Tuner(
-            tune.with_resources(_work, resources),
+        tuner = tune.Tuner(
+            tune.with_resources(_Trial, resources),
             param_space={
-                "pack": tune.grid_search(packs),
                 "sweep": str(driver.sweep),
                 "cache": str(cache),
                 "storage": storage,
+                "lease": holding.number,
             },
             tune_config=tune.TuneConfig(
+                search_alg=_Packs(packs, needs),
+                num_samples=len(packs),
                 # A destroyed ZeRO-3 engine is not freed; and who waits for workers in vain
                 # is stopped by its end alone.
                 reuse_actors=all(
-                    t["deepspeed"]["stage"] < 3 and t["resources"]["workers"] == 1
-                    for t in trials.values()
+                    t["deepspeed"]["stage"] < 3 and t["resources"]["workers"] == 1 for t in trials
                 ),
                 trial_dirname_creator=lambda trial: trial.config["pack"][0],
             ),
@@ -233,11 +247,20 @@ def _tune(driver: Driver, cache: Path, storage: str | None, there: Place) -> Non
                 name="tune",
                 storage_path=neutral,
                 callbacks=[_Callback(driver)],
-                stop=_Stopper(driver, stop_file),
-                failure_config=tune.FailureConfig(max_failures=RETRIES),
+                stop=_Stopper(driver, holding, stop_file),
+                failure_config=tune.FailureConfig(max(t["retries"] for t in trials)),
                 verbose=0,
             ),
-        ).fit()
+        )
+        try:
+            tuner.fit()
+        except Exception as error:
+            raise Failed(full(error)) if full(error) else error from None
+    if holding.lost.is_set():
+        raise Failed(f"{driver.sweep}: another `lmsat` has taken it over, and goes on with it")
+    if driver.full:
+        raise Failed(driver.full)
+    driver.stopped = stop_file.exists()
 
 
 class _ForThisProcess:
@@ -247,8 +270,27 @@ class _ForThisProcess:
         return (object, ())
 
 
+class _Packs(_ForThisProcess, tune.search.Searcher):  # type: ignore[misc]
+    """Hands out one pack after another: a grid search copies the list of all for each of them, and
+    makes every trial at the start."""
+
+    def __init__(self, packs: list[list[str]], needs: list[dict[str, Any]]) -> None:
+        super().__init__()
+        self.left = zip(packs, needs, strict=True)
+
+    def suggest(self, trial_id: str) -> dict[str, Any]:
+        pack, resources = next(self.left)
+        return {"pack": pack, "resources": resources}
+
+    def on_trial_complete(self, *_: Any, **__: Any) -> None: ...
+
+    def save(self, checkpoint_path: str) -> None: ...
+
+    def restore(self, checkpoint_path: str) -> None: ...
+
+
 class _Callback(_ForThisProcess, tune.Callback):  # type: ignore[misc]
-    """Tells the driver what Tune says."""
+    """Tells the driver what Tune says, and Tune how often to try again."""
 
     def __init__(self, driver: Driver) -> None:
         self.driver = driver
@@ -257,6 +299,7 @@ class _Callback(_ForThisProcess, tune.Callback):  # type: ignore[misc]
     def on_trial_start(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
         for id in trial.config["pack"]:
             self.driver.on_start(id)
+            trial.max_failures = self.driver.entries[id]["trial"]["retries"]
 
     def on_trial_result(
         self, iteration: int, trials: Any, trial: Any, result: Any, **info: Any
@@ -264,19 +307,26 @@ class _Callback(_ForThisProcess, tune.Callback):  # type: ignore[misc]
         if result["group"]:
             self.groups[trial.trial_id] = result["group"]
         for news in result["news"]:
-            self.driver.on_result(news)
+            if self.driver.on_result(news):
+                # Machines come and go: what fails after it got further has not used up a retry.
+                trial.run_metadata.num_failures = 0
 
     def on_trial_recover(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
         self._free(trial)
+        self.driver.on_failure(trial.config["pack"], _failure(trial.error_file))
 
     def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
         for id in trial.config["pack"]:
             self.driver.on_end(id)
 
     def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+        """It failed too often; or before it began, which Tune itself never tries again."""
         self._free(trial)
-        for id in trial.config["pack"]:
-            self.driver.on_end(id, _last_line(trial.error_file))
+        pack, failure = trial.config["pack"], _failure(trial.error_file)
+        self.driver.on_failure(pack, failure)
+        for id in pack:
+            if trial.num_failures > trial.max_failures or not self.driver.again(id):
+                self.driver.on_end(id, last_line(failure))
 
     def _free(self, trial: Any) -> None:
         """A team's room outlives who waited for it, where there is no dashboard for Train's own
@@ -286,15 +336,18 @@ class _Callback(_ForThisProcess, tune.Callback):  # type: ignore[misc]
 
 
 class _Stopper(_ForThisProcess, tune.Stopper):  # type: ignore[misc]
-    """Ends the sweep once the user has asked for it and every running trial has saved itself."""
+    """Ends the sweep once the user has asked for it and every running trial has saved itself; or
+    at once when another driver has it."""
 
-    def __init__(self, driver: Driver, stop_file: Path) -> None:
-        self.driver, self.stop_file = driver, stop_file
+    def __init__(self, driver: Driver, holding: lease.Lease, stop_file: Path) -> None:
+        self.driver, self.holding, self.stop_file = driver, holding, stop_file
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
         return False
 
     def stop_all(self) -> bool:
+        if self.holding.lost.is_set():
+            return True
         return self.stop_file.exists() and not self.driver.active
 
 
@@ -304,11 +357,19 @@ def _work(config: dict[str, Any]) -> None:
     def report(news: team.News, group: str | None = None) -> None:
         tune.report({"news": news, "group": group})
 
-    wanted = ledger.entry(Path(config["sweep"]), config["pack"][0])["trial"]["resources"]
+    wanted = config["resources"]
     if wanted["workers"] == 1:
         team.alone({**config, "rank": 0}, report)
     else:
         team.together(config, wanted, str(Path.cwd()), report)
+
+
+class _Trial(wrap_function(_work)):  # type: ignore[misc]
+    """`_work` in a process that heeds SIGTERM."""
+
+    def setup(self, config: dict[str, Any]) -> None:
+        team.heed()
+        super().setup(config)
 
 
 @contextlib.contextmanager
@@ -325,10 +386,10 @@ def _stop_on_signal(stop_file: Path, watcher: Watcher) -> Iterator[None]:
         yield
 
 
-def _last_line(error_file: str | None) -> str:
-    """Of the worker's traceback: what went wrong."""
+def _failure(error_file: str | None) -> str:
+    """The last failure that Tune has noted: the worker's traceback, or what Ray says of its end."""
     try:
-        lines = [line for line in Path(error_file or "").read_text().splitlines() if line.strip()]
+        text = Path(error_file or "").read_text()
     except OSError:
-        lines = []
-    return lines[-1].strip() if lines else "its worker died"
+        return ""
+    return click.unstyle(re.split(r"^Failure # .*$", text, flags=re.M)[-1])

@@ -1,7 +1,10 @@
 """What runs in Ray's workers: a pack's loop, in one process, or in several under Ray Train."""
 
+import logging
 import queue
+import signal
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,31 +14,97 @@ import ray.train
 import ray.train.torch
 from ray.util.queue import Queue
 
-from orchestrator import ledger
+from orchestrator import lease, ledger
 
+LOOK = 0.25  # seconds between looks at what others say: a shared folder is slow
 News = list[dict[str, Any]]
 Report = Callable[[News, str | None], None]  # and the placement group of a team that begins
 
 
+_told = threading.Event()
+
+
+def heed() -> None:
+    """Take SIGTERM for a notice to save and end, where Ray would end the process at once. To be
+    called in the main thread; the work is in another."""
+    signal.signal(signal.SIGTERM, lambda number, frame: _told.set())
+
+
 def alone(config: dict[str, Any], report: Callable[[News], None]) -> None:
-    """One pack, in this process, or this process's part of it."""
+    """One pack, in this process, or this process's part of it.
+
+    Raises RuntimeError where the process was told to end, after all was saved, and where another
+    driver has taken the sweep over.
+    """
     from trainables import pretrain, rankfit
 
     sweep, cache, storage = Path(config["sweep"]), Path(config["cache"]), config["storage"]
     trials = [ledger.entry(sweep, id)["trial"] for id in config["pack"]]
-    stop = (sweep / "stop").exists
-    if trials[0]["kind"] == "rankfit":
-        outcomes = rankfit.fit(trials, sweep, cache, report, stop, storage)
-    else:
-        outcomes = {
-            trial["id"]: pretrain.train(
-                trial, sweep, cache, lambda one: report([one]), stop, storage
-            )
-            for trial in trials
-        }
+    asked, first = _Asked(sweep, config["lease"]), config["rank"] == 0
+    log, voice = logging.getLogger("trainables"), _Voice(config["pack"][0], report)
+    if first:
+        log.addHandler(voice)
+    try:
+        if trials[0]["kind"] == "rankfit":
+            outcomes = rankfit.fit(trials, sweep, cache, report, asked.stop, storage, asked.leaving)
+        else:
+            outcomes = {
+                trial["id"]: pretrain.train(
+                    trial,
+                    sweep,
+                    cache,
+                    lambda one: report([one]),
+                    asked.stop,
+                    storage,
+                    asked.leaving,
+                )
+                for trial in trials
+            }
+    finally:
+        log.removeHandler(voice)
     for id, outcome in outcomes.items():
-        if outcome.status in ledger.FINISHED and config["rank"] == 0:
-            ledger.conclude(sweep, id, outcome.status, outcome.step)
+        if outcome.status in ledger.FINISHED and first:
+            ledger.conclude(sweep, id, outcome.status, outcome.step, outcome.files)
+    if _told.is_set() and any(outcome.status == "stopped" for outcome in outcomes.values()):
+        raise RuntimeError("told to end by SIGTERM, and saved")
+
+
+class _Asked:
+    """What the sweep's driver, Ray and the machine want of this process; looked up now and then."""
+
+    def __init__(self, sweep: Path, lease: int) -> None:
+        self.sweep, self.lease = sweep, lease
+        self.looked = -LOOK
+        self.stopping = self.machine_leaves = False
+
+    def stop(self) -> bool:
+        self._look()
+        return self.stopping or _told.is_set()
+
+    def leaving(self) -> bool:
+        return self.machine_leaves
+
+    def _look(self) -> None:
+        if time.monotonic() - self.looked < LOOK:
+            return
+        if lease.overtaken(self.sweep, self.lease):
+            raise RuntimeError("another driver has taken this sweep over")
+        self.stopping = (self.sweep / "stop").exists()
+        # No public interface tells it outside Ray Train, whose own looks there too.
+        leaving = ray._private.state.state.get_draining_nodes()
+        self.machine_leaves = ray.get_runtime_context().get_node_id() in leaving
+        self.looked = time.monotonic()
+
+
+class _Voice(logging.Handler):
+    """What trainables warn of, for whoever watches."""
+
+    def __init__(self, trial: str, report: Callable[[News], None]) -> None:
+        super().__init__(logging.WARNING)
+        self.trial, self.report = trial, report
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.report([{"trial": self.trial, "warning": record.getMessage()}])
 
 
 def together(config: dict[str, Any], wanted: dict[str, Any], scratch: str, report: Report) -> None:
@@ -87,6 +156,7 @@ def together(config: dict[str, Any], wanted: dict[str, Any], scratch: str, repor
 
 def _member(config: dict[str, Any]) -> None:
     """The part of one worker of several."""
+    ray.get_runtime_context().current_actor.execute.remote(heed)
     rank, news = ray.train.get_context().get_world_rank(), config.pop("news")
     if rank == 0:
         news.put(ray.util.get_current_placement_group().id.hex())

@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -13,7 +14,7 @@ from rich.status import Status
 from rich.table import Table
 from rich.text import Text
 
-from analysis import atomic, ranks, tables
+from analysis import atomic, ranks, sealed, tables
 from analysis.ranks import TOLERANCE
 from orchestrator import ledger, tracking
 from orchestrator.fits import GPU_SHARE
@@ -318,14 +319,13 @@ def print_next(sweep: Path, out: Path, tracking_uri: str | None) -> None:
         more = [f"status {sweep.name}{option}", f"plan --grid {sweep / 'grid.yaml'}"]
     else:
         more = [f"figures {sweep.name}{option} --paper"] if (sweep / "probe.json").exists() else []
-    lines = "".join(f"\n          lmsat {command}" for command in more)
-    print(
-        f"""{drawn}
-records   {sweep / "records"}
-MLflow    {tracking_uri or tracking.default_uri(out)}
-
-next      lmsat ui{option}{lines}"""
-    )
+    if tracking_uri is None:
+        more = [f"ui{option}", *more]
+    print(drawn)
+    print(f"records   {sweep / 'records'}")
+    print(f"MLflow    {tracking_uri or tracking.default_uri(out)}")
+    if more:
+        print("\nnext      " + "\n          ".join(f"lmsat {command}" for command in more))
 
 
 # What a checkpoint is shown by: column, heading, digits. The rest is in the records.
@@ -416,10 +416,39 @@ def _digits(row: dict[str, Any], columns: Iterable[tuple[str, str, int]]) -> lis
     return ["-" if row[key] is None else f"{row[key]:.{digits}f}" for key, _, digits in columns]
 
 
+def print_failures(sweep: Path, entries: Iterable[dict[str, Any]]) -> None:
+    """On stderr, for what follows the results: which trials failed, why, and where all is told."""
+    failed = [entry for entry in entries if entry["status"] == "failed"]
+    for entry in failed:
+        log = sweep / "trials" / entry["id"] / "errors.txt"
+        lines = f"failed    {entry['trial']['name']}: {entry['error']}\n          {log}"
+        print(lines, file=sys.stderr)
+    if failed:
+        said = f"{len(failed)} failed after their retries; the same command tries again"
+        print(said, file=sys.stderr)
+
+
+def print_verified(
+    directory: Path, bad: list[tuple[str, str]], whole: int, mended: bool, as_json: bool
+) -> None:
+    """Every damaged file."""
+    if as_json:
+        found = [{"file": file, "what": what} for file, what in bad]
+        print_json({"directory": str(directory), "damaged": found, "whole": whole})
+        return
+    if bad:
+        print_table(("file", "is"), bad)
+    todo = ""
+    if bad:
+        again = "the same command makes it anew"
+        todo = f"; set aside: {again}" if mended else f"; set it aside with --mend, and {again}"
+    print(f"{whole} files whole, {len(bad)} damaged or missing{todo}")
+
+
 def print_status(sweep: Path, as_json: bool) -> None:
     """Every trial of a sweep, and how far it is."""
     latest, entries = tables.latest(sweep), ledger.read(sweep)
-    order = [t["id"] for t in json.loads((sweep / "plan.json").read_text())["trials"]]
+    order = [t["id"] for t in sealed.read(sweep / "plan.json")["trials"]]
     order += [id for id in entries if id not in order]  # learning rates added on the way
     rows = [
         {

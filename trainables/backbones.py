@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from analysis.errors import BadInput
+from analysis.errors import BadInput, one_line
 from trainables import hub
 
 
@@ -112,10 +112,9 @@ def _load(name: str) -> Any:
 
     try:
         return AutoConfig.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0]
+    except Exception as error:  # each model checks its settings in its own way
         raise BadInput(
-            f"model.config: {name!r} holds no configuration of a model: {reason}"
+            f"model.config: {name!r} holds no configuration of a model: {one_line(error)}"
         ) from None
 
 
@@ -130,6 +129,10 @@ def build(config: Any, field: str = "model.config") -> Any:
     except ValueError:
         raise BadInput(
             f"{field}: {config.model_type!r} is not a causal language model of transformers"
+        ) from None
+    except Exception as error:  # of torch, about sizes
+        raise BadInput(
+            f"{field}: no {config.model_type} can be built so: {one_line(error)}"
         ) from None
     if not isinstance(model.get_output_embeddings(), torch.nn.Linear):
         raise BadInput(f"{field}: {config.model_type!r} has no linear output head of its own")

@@ -9,14 +9,14 @@ exist; what fails its checksums is passed over, loudly, for the one before.
 
 import base64
 import contextlib
-import hashlib
+import errno
 import json
 import logging
 import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from analysis import atomic, sealed
+from analysis.errors import one_line
 from trainables import engine
 
 log = logging.getLogger(__name__)
@@ -53,32 +55,40 @@ def place(storage: str | None, sweep: Path, trial: str) -> str:
     return str(sweep / "trials" / trial / "checkpoints")
 
 
-def save(run: Any, folder: str | Path, state: dict[str, Any], keep: int = 1) -> None:
-    """Commit the engine, the generators and `state` (which has a step) and drop older checkpoints.
+def save(run: Any, folder: str | Path, state: dict[str, Any], keep: int = 2) -> None:
+    """Commit the engine, the generators and `state` (which has a step), and keep the last ones.
 
     Every worker calls it. `folder` is one that all of them share, or a URL that fsspec knows
-    (s3://, gs://, …), whose credentials are those of its own configuration.
+    (s3://, gs://, …), whose credentials are those of its own configuration. Raises OSError where
+    it cannot be written, with what was there before intact.
     """
     rank, name = dist.get_rank(), f"step-{state['step']:09d}"
     where = _open(folder)
     if rank == 0:
         where.clear(name)
     dist.barrier()
+    failed = ""
     with where.desk(name) as desk:
-        # DeepSpeed writes what is this worker's to write, and nobody else's.
-        run.save_checkpoint(str(desk), tag="engine", save_latest=False)
-        (desk / f"generators-{rank}.json").write_text(json.dumps(_generators()))
-        if rank == 0:
-            facts = {"world": dist.get_world_size(), "stage": run.zero_optimization_stage()}
-            (desk / "state.json").write_text(json.dumps({**state, **facts}))
-        # Without the scripts that it adds.
-        files = sorted(f for f in desk.rglob("*") if f.is_file() and f.suffix != ".py")
-        sums = {f.relative_to(desk).as_posix(): _digest(f) for f in files}
-        for file in sums:
-            where.put(desk, name, file)
-    found = _gather(sums)
+        with _said_if_full(desk):
+            # DeepSpeed writes what is this worker's to write, and nobody else's.
+            run.save_checkpoint(str(desk), tag="engine", save_latest=False)
+            (desk / f"generators-{rank}.json").write_text(json.dumps(_generators()))
+            if rank == 0:
+                facts = {"world": dist.get_world_size(), "stage": run.zero_optimization_stage()}
+                (desk / "state.json").write_text(json.dumps({**state, **facts}))
+            # Without the scripts that it adds.
+            files = sorted(f for f in desk.rglob("*") if f.is_file() and f.suffix != ".py")
+            sums = {f.relative_to(desk).as_posix(): sealed.digest(f) for f in files}
+        try:
+            for file in sums:
+                where.put(desk, name, file)
+        except Exception as error:  # each store has its own
+            failed = one_line(error)
+    found = _gather((sums, failed))  # nobody is left waiting for one that failed
+    if failures := sorted({said for _, said in found if said}):
+        raise OSError(f"{folder}/{name} could not be written: {'; '.join(failures)}")
     if rank == 0:
-        where.commit(name, json.dumps({k: v for part in found for k, v in part.items()}))
+        where.commit(name, sealed.text({k: v for part, _ in found for k, v in part.items()}))
         # What is later than this one was damaged, or it would have been gone on from.
         known = [n for n in where.names() if n <= name]
         where.drop({*known[:keep]})
@@ -86,11 +96,14 @@ def save(run: Any, folder: str | Path, state: dict[str, Any], keep: int = 1) -> 
 
 
 @contextlib.contextmanager
-def latest(folder: str | Path, stage: int) -> Iterator[Saved | None]:
+def latest(
+    folder: str | Path, stage: int, damage: Callable[[dict[str, Any]], list[str]]
+) -> Iterator[Saved | None]:
     """The last whole checkpoint, for `load`; what was fetched or converted is gone afterwards.
 
-    Every worker calls it, before it starts its engine. Raises RuntimeError where the checkpoint
-    was written by another ZeRO stage: DeepSpeed knows no way from one to the other.
+    Whole is one whose own files are, and of whose state `damage` (asked by the first worker) finds
+    none elsewhere. Every worker calls it, before it starts its engine. Raises RuntimeError where
+    the checkpoint was written by another ZeRO stage: DeepSpeed knows no way from one to the other.
     """
     where, world = _open(folder), dist.get_world_size()
     with tempfile.TemporaryDirectory(prefix="lmsat-") as own:
@@ -99,15 +112,18 @@ def latest(folder: str | Path, stage: int) -> Iterator[Saved | None]:
         first = str(near) == own
         for name in _gather(where.names())[0]:
             path, bad = where.fetch(name, near, first)
+            state: dict[str, Any] = {}
             if not (bad := sorted({b for part in _gather(bad) for b in part})):
+                state = json.loads((path / "state.json").read_text())
+                bad = _gather(damage(state) if dist.get_rank() == 0 else [])[0]
+            if not bad:
                 break
-            log.warning(
-                "%s/%s is damaged (%s): trying the one before", folder, name, ", ".join(bad)
-            )
+            if dist.get_rank() == 0:
+                what = ", ".join(bad)
+                log.warning("%s/%s: damaged (%s); going on from before", folder, name, what)
         else:
             yield None
             return
-        state: dict[str, Any] = json.loads((path / "state.json").read_text())
         if state["stage"] != stage:
             raise RuntimeError(
                 f"{folder}/{name}: written with stage {state['stage']}, cannot go on with stage "
@@ -142,13 +158,31 @@ def check(saved: Saved, loss: float, precision: str) -> None:
             )
 
 
-def verify(checkpoint: Path) -> list[str]:
-    """What is wrong with a checkpoint: nothing, or its missing and damaged files."""
+def verify(folder: str | Path) -> Iterator[tuple[str, dict[str, Any], list[str]]]:
+    """Each checkpoint of a folder or URL, the last one first: its name, its state, and its missing
+    and damaged files."""
+    where = _open(folder)
+    for name in where.names():
+        with tempfile.TemporaryDirectory(prefix="lmsat-") as near:
+            path, bad = where.bring(name, Path(near))
+            yield name, {} if bad else json.loads((path / "state.json").read_text()), bad
+
+
+def discard(folder: str | Path, name: str) -> None:
+    """Remove a checkpoint."""
+    where = _open(folder)
+    where.drop({*where.names()} - {name})
+
+
+@contextlib.contextmanager
+def _said_if_full(folder: Path) -> Iterator[None]:
+    """torch says of a full disk that it could not write, not why."""
     try:
-        sums = json.loads((checkpoint / _MANIFEST).read_text())
-    except (OSError, ValueError):
-        return [_MANIFEST]
-    return _wrong(checkpoint, sums, list(sums))
+        yield
+    except Exception as error:
+        if shutil.disk_usage(folder).free < 2**20:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder)) from error
+        raise
 
 
 class _Disk:
@@ -159,7 +193,6 @@ class _Disk:
 
     def clear(self, name: str) -> None:
         shutil.rmtree(self._partial(name), ignore_errors=True)
-        self._partial(name).mkdir(parents=True)
 
     def _partial(self, name: str) -> Path:
         return self.folder / f".partial-{name}"
@@ -167,41 +200,46 @@ class _Disk:
     @contextlib.contextmanager
     def desk(self, name: str) -> Iterator[Path]:
         """Where this worker writes, before it puts its files to those of the others."""
+        self._partial(name).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=self._partial(name)) as own:
             yield Path(own)
 
     def put(self, desk: Path, name: str, file: str) -> None:
         target = self._partial(name) / file
         target.parent.mkdir(exist_ok=True)
-        _sync(desk / file)
+        atomic.sync(desk / file)
         os.rename(desk / file, target)
 
     def commit(self, name: str, manifest: str) -> None:
         partial, final = self._partial(name), self.folder / name
         (partial / _MANIFEST).write_text(manifest)
         for path in (partial / _MANIFEST, partial / "engine", partial):
-            _sync(path)
+            atomic.sync(path)
         shutil.rmtree(final, ignore_errors=True)
         os.rename(partial, final)
-        _sync(self.folder)
+        atomic.sync(self.folder)
 
     def names(self) -> list[str]:
         """Of the checkpoints there are, the last one first."""
-        return sorted(p.parent.name for p in self.folder.glob(f"step-*/{_MANIFEST}"))[::-1]
+        return sorted((p.name for p in self.folder.glob("step-*")), reverse=True)
 
     def drop(self, kept: set[str]) -> None:
         for path in (*self.folder.glob("step-*"), *self.folder.glob(".partial-*")):
             if path.name not in kept:
                 shutil.rmtree(path)
 
-    def fetch(self, name: str, near: Path, first: bool) -> tuple[Path, list[str]]:
-        """A checkpoint's folder, and what is wrong with this worker's part of its files."""
-        path, rank = self.folder / name, dist.get_rank()
+    def bring(self, name: str, near: Path, part: slice = slice(None)) -> tuple[Path, list[str]]:
+        """A checkpoint's folder, and what is wrong with its files, or with a part of them."""
+        path = self.folder / name
         try:
-            sums = json.loads((path / _MANIFEST).read_text())
+            sums = sealed.read(path / _MANIFEST)
         except (OSError, ValueError):
             return path, [_MANIFEST]
-        return path, _wrong(path, sums, sorted(sums)[rank :: dist.get_world_size()])
+        return path, sealed.wrong(path, {file: sums[file] for file in sorted(sums)[part]})
+
+    def fetch(self, name: str, near: Path, first: bool) -> tuple[Path, list[str]]:
+        """The same; each worker looks at some of the files."""
+        return self.bring(name, near, slice(dist.get_rank(), None, dist.get_world_size()))
 
 
 class _Remote:
@@ -237,21 +275,23 @@ class _Remote:
             if path.split("/")[-1] not in kept:
                 self.files.rm(path, recursive=True)
 
-    def fetch(self, name: str, near: Path, first: bool) -> tuple[Path, list[str]]:
-        path = near / name
-        if not first:
-            return path, []
+    def bring(self, name: str, near: Path) -> tuple[Path, list[str]]:
+        path, manifest = near / name, f"{self.root}/{name}/{_MANIFEST}"
         try:
-            sums = json.loads(self.files.cat_file(f"{self.root}/{name}/{_MANIFEST}"))
+            sums = sealed.parse(self.files.cat_file(manifest), manifest)
         except (FileNotFoundError, ValueError):
             return path, [_MANIFEST]
         for file in sums:
             (path / file).parent.mkdir(parents=True, exist_ok=True)
             with contextlib.suppress(FileNotFoundError):
                 self.files.get_file(f"{self.root}/{name}/{file}", str(path / file))
-        if bad := _wrong(path, sums, list(sums)):
+        if bad := sealed.wrong(path, sums):
             shutil.rmtree(path)
         return path, bad
+
+    def fetch(self, name: str, near: Path, first: bool) -> tuple[Path, list[str]]:
+        """The first worker of a machine brings it for all."""
+        return self.bring(name, near) if first else (near / name, [])
 
 
 def _open(folder: str | Path) -> _Disk | _Remote:
@@ -261,13 +301,6 @@ def _open(folder: str | Path) -> _Disk | _Remote:
     import fsspec  # a third of a second
 
     return _Remote(*fsspec.url_to_fs(str(folder)))
-
-
-def _wrong(checkpoint: Path, sums: dict[str, str], files: list[str]) -> list[str]:
-    """Which of these files are missing or damaged."""
-    return [
-        f for f in files if not (checkpoint / f).is_file() or _digest(checkpoint / f) != sums[f]
-    ]
 
 
 def _gather(value: Any) -> list[Any]:
@@ -291,16 +324,3 @@ def _restore(generators: dict[str, str]) -> None:
     torch.set_rng_state(state("cpu"))
     if "cuda" in generators and torch.cuda.is_available():
         torch.cuda.set_rng_state(state("cuda"))
-
-
-def _digest(file: Path) -> str:
-    with file.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

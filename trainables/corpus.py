@@ -20,13 +20,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from analysis.errors import BadInput
-from trainables import hub, text
+from analysis.errors import BadInput, one_line
+from trainables import gguf_header, hub, text
 from trainables.text import Document
 
 FORMAT = 1  # of the shards: a change makes every cache new
 END = "<|endoftext|>"  # follows each document
 ENDS = (END, "</s>", "<|end_of_text|>", "<eos>")  # what tokenizers at large call it
+LARGEST = 10**7  # token id
 LOST = 0.05  # share of the characters that a tokenizer may lose
 
 Progress = Callable[[str, int], None]  # (what is being done, documents so far)
@@ -83,10 +84,9 @@ def find(key: str, cache: Path) -> Corpus | None:
     """The shards of a corpus, where they have been made and are whole."""
     directory = cache / "corpora" / key
     try:
-        meta = json.loads((directory / "meta.json").read_text())
-    except (FileNotFoundError, ValueError):
+        corpus = Corpus(directory, **json.loads((directory / "meta.json").read_text()))
+    except (FileNotFoundError, ValueError, TypeError):
         return None
-    corpus = Corpus(directory, **meta)
     itemsize = np.dtype(_width(corpus.vocabulary)).itemsize
     for split, count in corpus.tokens.items():
         file = directory / f"{split}.bin"
@@ -117,6 +117,8 @@ def prepare(
     with FileLock(cache / "corpora" / f"{name}.lock"):
         if found := find(name, cache):
             return found
+        for left in (cache / "corpora").glob(f".{name}-*"):  # by one that was killed
+            shutil.rmtree(left)
         partial = cache / "corpora" / f".{name}-{uuid.uuid4().hex[:8]}"
         partial.mkdir()
         try:
@@ -196,14 +198,18 @@ def _make(source: dict[str, Any], name: int | str, directory: Path, progress: Pr
         tokenizer.no_padding()
     end = end_of(tokenizer)
     tokenizer.save(str(directory / "tokenizer.json"))
-    vocabulary = tokenizer.get_vocab_size()
+    vocabulary = 1 + max(
+        tokenizer.get_vocab().values(), default=-1
+    )  # entries, unless ids have holes
+    if vocabulary > LARGEST:
+        raise BadInput(f"tokenizer: {name} has ids beyond {LARGEST:,}")
     counts = {part: {"tokens": 0, "bytes": 0, "documents": 0} for part in ("train", "held_out")}
     files = {part: (directory / f"{part}.bin").open("wb") for part in counts}
     done = 0
     documents = text.read(source)
     while some := list(islice(documents, 64)):
         if not done:
-            _check_expressed([d.text for d in some], tokenizer)
+            _check_expressed([d.text for d in some], tokenizer, name)
         encoded = tokenizer.encode_batch_fast([d.text for d in some], add_special_tokens=False)
         for document, encoding in zip(some, encoded, strict=True):
             part = "held_out" if held_out(document) else "train"
@@ -236,7 +242,7 @@ def _nothing(part: str) -> BadInput:
     )
 
 
-def _check_expressed(texts: list[str], tokenizer: Any) -> None:
+def _check_expressed(texts: list[str], tokenizer: Any, name: int | str) -> None:
     """Raises BadInput where the tokenizer drops many of the characters, or calls them unknown."""
     unknown = {tokenizer.token_to_id(name) for name in ("<unk>", "[UNK]", "<|unk|>")} - {None}
     counts = Counter(c for one in texts for c in one if not c.isspace())
@@ -251,8 +257,8 @@ def _check_expressed(texts: list[str], tokenizer: Any) -> None:
     if (share := lost.total() / counts.total()) > LOST:
         worst = " ".join(c for c, _ in lost.most_common(8))
         raise BadInput(
-            f"tokenizer: it has no tokens for {100 * share:.0f} % of the text ({worst}); give one "
-            "that was trained on such text, or a byte-level one"
+            f"tokenizer: {name} has no tokens for {100 * share:.0f} % of the text ({worst}); give "
+            "one that was trained on such text, or a byte-level one"
         )
 
 
@@ -300,6 +306,7 @@ def load_tokenizer(name: str) -> Any:
         except Exception as error:  # the library raises bare Exception
             raise BadInput(f"tokenizer: {file}: {error}") from None
     if file:
+        gguf_header.check(file)
         source, options = str(file.parent), {"gguf_file": file.name}
     elif Path(name).is_dir():
         source = name
@@ -311,9 +318,8 @@ def load_tokenizer(name: str) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(source, **options).backend_tokenizer
-    except (OSError, ValueError, AttributeError, ImportError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise BadInput(f"tokenizer: {name!r} has no tokenizer to load: {reason}") from None
+    except Exception as error:  # of whatever reads this kind of tokenizer
+        raise BadInput(f"tokenizer: {name!r} has no tokenizer to load: {one_line(error)}") from None
 
 
 def _train_bpe(entries: int, texts: Iterator[str], progress: Progress) -> Any:

@@ -24,6 +24,8 @@ class Outcome(NamedTuple):
     status: str
     """done, diverged (its loss became NaN or infinite), or stopped (asked to; resumes later)."""
     step: int
+    files: dict[str, str]
+    """What there is of it, by path in the sweep, with checksums (sha256)."""
 
 
 def join(threads: int, gpu: bool) -> None:
@@ -133,7 +135,7 @@ def restore(run: Any, folder: Path, universal: bool) -> None:
     if universal and not run.zero_optimization_partition_weights():
         # DeepSpeed 0.19.8 then fails with an IndexError.
         none = any(all(p._hp_mapping is None for p in group) for group in zero.bit16_groups)
-        if any_worker(none, run.device):
+        if any_worker(run.device, none)[0]:
             raise RuntimeError(
                 f"a group of parameters is too small for {dist.get_world_size()} workers to share "
                 "from a checkpoint of another number: go on with fewer, or with as many as wrote it"
@@ -180,10 +182,10 @@ def gradient_norm(engine: Any) -> float | None:
     return float(torch.nn.utils.get_total_norm(gradients))
 
 
-def any_worker(asked: bool, device: torch.device) -> bool:
-    """Whether any worker was asked to stop: all of them leave the loop at the same step."""
+def any_worker(device: torch.device, *asked: bool) -> list[bool]:
+    """Of each question, whether any worker says yes: all of them do the same at the same step."""
     if dist.get_world_size() == 1:
-        return asked
-    votes = torch.tensor(float(asked), device=device)
+        return list(asked)
+    votes = torch.tensor(asked, dtype=torch.float32, device=device)
     dist.all_reduce(votes)
-    return bool(votes.item())
+    return [vote > 0 for vote in votes.tolist()]

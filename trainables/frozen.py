@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from analysis.errors import BadInput
-from trainables import backbones, findings, hub
+from analysis.errors import BadInput, one_line
+from trainables import backbones, findings, gguf_header, hub
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ def _configuration(model: str) -> Any:
 
     try:
         config = AutoConfig.from_pretrained(name, **options)
-    except (OSError, ValueError, ImportError) as error:
+    except Exception as error:  # each model checks its settings in its own way
         raise _unloadable(name, error) from None
     if getattr(config, "lmsat_head", "linear") not in ("linear", "backward"):
         raise BadInput(
@@ -203,7 +203,9 @@ def _source(model: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     elif file and not (at / file).is_file():
         found = ", ".join(f.name for f in sorted(at.glob("*.gguf"))) or "none"
         raise BadInput(f"model.gguf_file: {at} has no {file}; it has {found}")
-    elif not file and not (at / "config.json").is_file():
+    elif file:
+        gguf_header.check(at / file)
+    elif not (at / "config.json").is_file():
         raise BadInput(
             f"model.pretrained: {at}: no config.json here; for a GGUF file give gguf_file"
         )
@@ -214,8 +216,7 @@ def _source(model: dict[str, Any]) -> tuple[str, dict[str, Any]]:
 
 
 def _unloadable(name: str, error: Exception) -> BadInput:
-    reason = str(error).strip().split("\n")[0]
-    return BadInput(f"model.pretrained: {name!r} cannot be loaded: {reason}")
+    return BadInput(f"model.pretrained: {name!r} cannot be loaded: {one_line(error)}")
 
 
 def load(model: dict[str, Any], precision: str, device: torch.device) -> Frozen:
@@ -252,7 +253,10 @@ def load(model: dict[str, Any], precision: str, device: torch.device) -> Frozen:
     bias = getattr(own, "bias", None)
     ids = torch.arange(16, device=device)[None] % own.weight.shape[0]
     with torch.no_grad():
-        logits = net(input_ids=ids, use_cache=False).logits.float()
+        try:
+            logits = net(input_ids=ids, use_cache=False).logits.float()
+        except Exception as error:  # settings that nothing has looked at before
+            raise _unloadable(name, error) from None
         net.set_output_embeddings(nn.Identity())
         weight, bias = own.weight.float(), None if bias is None else bias.float()
         frozen = Frozen(net, weight, bias)

@@ -84,5 +84,8 @@ def _whole(folder: Path, pattern: str) -> bool:
     files = {file.name for file in folder.glob(pattern)}
     named: set[str] = set()
     for index in folder.glob(f"{pattern}.index.json"):
-        named |= set(json.loads(index.read_text())["weight_map"].values())
+        try:
+            named |= set(json.loads(index.read_text())["weight_map"].values())
+        except (ValueError, LookupError, TypeError, AttributeError):
+            return False
     return bool(files) and named <= files and (folder / "config.json").exists()

@@ -4,6 +4,7 @@
 `report` and `should_stop`, and writes its records and checkpoints itself.
 """
 
+import functools
 import math
 import shutil
 import time
@@ -16,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from analysis import atomic, records
 from trainables import (
     backbones,
     checkpoint,
@@ -113,8 +115,11 @@ def train(
     report: Report = lambda progress: None,
     should_stop: Callable[[], bool] = lambda: False,
     storage: str | None = None,
+    leaving: Callable[[], bool] = lambda: False,
 ) -> engine.Outcome:
     """Train the trial to its end, from its last checkpoint where there is one.
+
+    Asked to stop it saves and stops. While its machine is `leaving` it saves five times as often.
 
     Records go to the sweep's tables; checkpoints and, at the end, the weights (safetensors, with
     configuration and tokenizer) to trials/<id>/. Checkpoints alone may go to another folder or
@@ -126,7 +131,8 @@ def train(
     model = build(trial, text.vocabulary)
     row = describe(trial, model, text)
     place = checkpoint.place(storage, sweep, trial["id"])
-    with checkpoint.latest(place, trial["deepspeed"]["stage"]) as saved:
+    damage = functools.partial(records.damage, sweep)
+    with checkpoint.latest(place, trial["deepspeed"]["stage"], damage) as saved:
         run = engine.start(
             model,
             batch=t["batch"],
@@ -140,14 +146,20 @@ def train(
             universal=saved is not None and saved.universal,
         )
         torch.manual_seed(trial["seed"] + dist.get_rank())  # dropout, where a model has it
-        if saved:
-            checkpoint.load(run, saved)
+        try:
+            if saved:
+                checkpoint.load(run, saved)
+        except BaseException:
+            engine.stop(run)
+            raise
     try:
         steps = schedule.steps(t["tokens"], t["batch"], t["sequence"])
         step_tokens, writes = t["batch"] * t["sequence"], dist.get_rank() == 0
-        recorder = Recorder(sweep, trial["id"], steps, step_tokens, report, writes)
+        files = saved.state["files"] if saved else {}
+        recorder = Recorder(sweep, trial["id"], steps, step_tokens, report, writes, files)
         training = _Training(trial, text, model, run, recorder)
-        return training.go(sweep / "trials" / trial["id"], place, saved, row, should_stop)
+        folder = sweep / "trials" / trial["id"]
+        return training.go(folder, place, saved, row, should_stop, leaving)
     finally:
         engine.stop(run)
 
@@ -177,11 +189,13 @@ class _Training:
         saved: checkpoint.Saved | None,
         row: dict[str, Any],
         should_stop: Callable[[], bool],
+        leaving: Callable[[], bool],
     ) -> engine.Outcome:
         trial, steps, recorder = self.trial, self.steps, self.recorder
         probed = set(schedule.probe_steps(steps, trial["probes"]))
         logged = schedule.every(steps, 200)
         saves = schedule.every(steps, trial["checkpoints"])
+        kept = -steps  # the step of the last checkpoint of this process
         state: dict[str, Any] = saved.state if saved else {"step": 0, "falling": None}
         step = first = state["step"]
         self.falling = schedule.Falling(trial["probes"]["loss"], state["falling"])
@@ -199,10 +213,15 @@ class _Training:
             if step == steps:
                 status = "done"
                 break
-            stopping = engine.any_worker(should_stop(), self.run.device)
-            if step > first and (step % saves == 0 or stopping):
-                # Records first: what came before a checkpoint is on disk.
+            device = self.run.device
+            stopping, hurried = engine.any_worker(device, should_stop(), leaving())
+            soon = hurried and step - kept >= max(1, saves // 5)
+            if step > first and (step % saves == 0 or stopping or soon):
+                kept = step
+                # First what came before it: whatever a checkpoint knows of is on disk.
                 recorder.flush(step)
+                if trial["keep_weights"] and step % saves == 0:
+                    self._export(folder / "weights" / f"step-{step:09d}")
                 checkpoint.save(
                     self.run,
                     place,
@@ -211,12 +230,11 @@ class _Training:
                         "threads": torch.get_num_threads(),
                         "falling": self.falling.state,
                         "ahead": self._ahead(step),
+                        "files": recorder.files,
                     },
                 )
-                if trial["keep_weights"] and step % saves == 0:
-                    self._export(folder / "weights" / f"step-{step:09d}")
             if stopping:
-                return engine.Outcome("stopped", step)
+                return engine.Outcome("stopped", step, recorder.files)
             head = self.model.head
             if head.refresh and step % head.refresh == 0:
                 with engine.gathered(head):
@@ -232,7 +250,7 @@ class _Training:
             self._export(folder / "model")
         recorder.flush(step)
         recorder.row(row, status, step)
-        return engine.Outcome(status, step)
+        return engine.Outcome(status, step, recorder.files)
 
     def _train_step(self, step: int, log: bool) -> float | None:
         """Loss of one optimiser step; None where it is not finite or DeepSpeed skipped the step."""
@@ -332,6 +350,10 @@ class _Training:
                 model.config.lmsat_head = self.trial["head"]["kind"]  # weights alone do not tell
                 model.config.save_pretrained(partial)
                 (partial / "tokenizer.json").write_bytes(self.text.tokenizer.read_bytes())
+                for file in partial.iterdir():
+                    atomic.sync(file)
                 shutil.rmtree(folder, ignore_errors=True)
                 partial.rename(folder)
+                for file in folder.iterdir():
+                    self.recorder.keep(file)
         dist.barrier()

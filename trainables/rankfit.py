@@ -5,6 +5,7 @@ same hidden states, with its own engine, learning rate, clipping, checkpoints an
 what it learns does not depend on who else is in the pack.
 """
 
+import functools
 import math
 import time
 from collections.abc import Callable
@@ -16,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from analysis import atomic, records
 from trainables import (
     checkpoint,
     corpus,
@@ -62,6 +64,7 @@ def fit(
     report: Callable[[list[dict[str, Any]]], None] = lambda news: None,
     should_stop: Callable[[], bool] = lambda: False,
     storage: str | None = None,
+    leaving: Callable[[], bool] = lambda: False,
 ) -> dict[str, engine.Outcome]:
     """Train the heads of a pack to their end, each from its last checkpoint where there is one.
 
@@ -80,7 +83,7 @@ def fit(
     states = Features(backbone, text, shared["train"]["sequence"], kept)
     pack = _Pack(shared, states, sweep, storage, report)
     try:
-        return pack.go(trials, should_stop)
+        return pack.go(trials, should_stop, leaving)
     finally:
         engine.stop(*(head.run for head in pack.heads))
 
@@ -115,7 +118,10 @@ class _Pack:
         self.seconds, self.tokens = 0.0, 0  # of training proper, since the last probe
 
     def go(
-        self, trials: list[dict[str, Any]], should_stop: Callable[[], bool]
+        self,
+        trials: list[dict[str, Any]],
+        should_stop: Callable[[], bool],
+        leaving: Callable[[], bool],
     ) -> dict[str, engine.Outcome]:
         outcomes = {}
         for trial in trials:
@@ -123,22 +129,29 @@ class _Pack:
                 outcomes[trial["id"]] = self._baseline(trial)
             else:
                 self.heads.append(self._open(trial))
-        self._train(should_stop)
+        self._train(should_stop, leaving)
         self._tell()
-        return outcomes | {h.trial["id"]: engine.Outcome(h.status, h.step) for h in self.heads}
+        return outcomes | {
+            h.trial["id"]: engine.Outcome(h.status, h.step, h.recorder.files) for h in self.heads
+        }
 
-    def _train(self, should_stop: Callable[[], bool]) -> None:
+    def _train(self, should_stop: Callable[[], bool], leaving: Callable[[], bool]) -> None:
         probed = set(schedule.probe_steps(self.steps, self.probes))
         logged = schedule.every(self.steps, 50)
         saved = schedule.every(self.steps, self.saves)
         step = min((h.step for h in self.heads), default=0)
+        kept = -self.steps  # the step of the last checkpoints of this process
         while going := [h for h in self.heads if h.status == "running"]:
             here = [h for h in going if h.step == step]
             if step in probed:
                 self._probe([h for h in here if step > h.first or step == 0], step)
-            stopping = engine.any_worker(should_stop(), self.device) and step < self.steps
+            asked, hurried = engine.any_worker(self.device, should_stop(), leaving())
+            stopping = asked and step < self.steps
+            soon = hurried and step - kept >= max(1, saved // 5)
+            saving = step % saved == 0 or stopping or soon
+            kept = step if saving else kept
             for h in here:
-                if h.status == "running" and h.step > h.first and (step % saved == 0 or stopping):
+                if h.status == "running" and h.step > h.first and saving:
                     self._save(h)
                 if h.status == "running" and step == self.steps:
                     self._export(h)
@@ -159,6 +172,7 @@ class _Pack:
             "step": h.step,
             "threads": torch.get_num_threads(),
             "ahead": self._ahead(h.run, h.step),
+            "files": h.recorder.files,
         }
         checkpoint.save(h.run, checkpoint.place(self.storage, self.sweep, h.trial["id"]), state)
 
@@ -196,7 +210,8 @@ class _Pack:
         svd = self.evaluation.weighted if trial["head"]["init"] == "svd" else None
         heads.start(head, trial["head"]["init"], self.backbone.weight, svd)
         place = checkpoint.place(self.storage, self.sweep, trial["id"])
-        with checkpoint.latest(place, trial["deepspeed"]["stage"]) as saved:
+        damage = functools.partial(records.damage, self.sweep)
+        with checkpoint.latest(place, trial["deepspeed"]["stage"], damage) as saved:
             run = engine.start(
                 head.to(self.device),
                 batch=t["batch"],
@@ -216,15 +231,15 @@ class _Pack:
             first = saved.state["step"]
             torch.set_num_threads(saved.state["threads"])  # another number gives other bits
             checkpoint.check(saved, self._ahead(run, first), t["precision"])
-        recorder = self._recorder(trial, self.steps)
+        recorder = self._recorder(trial, self.steps, saved.state["files"] if saved else {})
         row = self._describe(trial, sum(p.numel() for p in head.parameters()))
         recorder.row(row, "running", first)
         return _Head(trial, run, recorder, row, first, step=first)
 
-    def _recorder(self, trial: dict[str, Any], steps: int) -> Recorder:
+    def _recorder(self, trial: dict[str, Any], steps: int, files: dict[str, str]) -> Recorder:
         tokens = self.settings["batch"] * self.settings["sequence"]
         writes = dist.get_rank() == 0
-        return Recorder(self.sweep, trial["id"], steps, tokens, self.news.append, writes)
+        return Recorder(self.sweep, trial["id"], steps, tokens, self.news.append, writes, files)
 
     def _describe(self, trial: dict[str, Any], params: int) -> dict[str, Any]:
         """The trial's row in the table `trials`, but for how it ended."""
@@ -307,7 +322,7 @@ class _Pack:
 
     def _baseline(self, trial: dict[str, Any]) -> engine.Outcome:
         """A head that nobody trains: measured as the others are at their end."""
-        kind, recorder = trial["head"]["kind"], self._recorder(trial, 0)
+        kind, recorder = trial["head"]["kind"], self._recorder(trial, 0, {})
         head = self.evaluation.baseline(kind, trial["head"]["rank"])
         params = sum(f.numel() for f in head.factors() if f is not None)
         kinds = (*LAST, probes.Layers) if kind == "own" else (probes.Loss,)
@@ -315,7 +330,7 @@ class _Pack:
         recorder.flush(0)
         recorder.row(self._describe(trial, params), "done", 0)
         self._tell()
-        return engine.Outcome("done", 0)
+        return engine.Outcome("done", 0, recorder.files)
 
     def _export(self, h: _Head) -> None:
         """The trained head, as safetensors."""
@@ -325,8 +340,9 @@ class _Pack:
             if dist.get_rank() == 0:
                 weights = {n: p.detach().cpu() for n, p in h.head.named_parameters()}
                 folder = self._folder(h.trial)
-                folder.mkdir(parents=True, exist_ok=True)
-                save_file(weights, folder / "head.safetensors")
+                file = folder / "head.safetensors"
+                atomic.write(file, lambda partial: save_file(weights, partial))
+                h.recorder.keep(file)
         dist.barrier()
 
     def _tell(self) -> None:

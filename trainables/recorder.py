@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from analysis import records
+from analysis import records, sealed
 
 Report = Callable[[dict[str, Any]], None]
 SECONDS = 1.0  # between reports of training's progress
@@ -14,7 +14,8 @@ SECONDS = 1.0  # between reports of training's progress
 class Recorder:
     """Keeps rows until `flush` writes them; `report` shows the scalars that are new.
 
-    Only the first worker of a trial writes and reports.
+    Only the first worker of a trial writes and reports. `files` are those of the trial that count,
+    by path in the sweep, with their checksums; after a checkpoint it goes on from its own.
     """
 
     def __init__(
@@ -25,9 +26,11 @@ class Recorder:
         step_tokens: int | None,
         report: Report,
         writes: bool,
+        files: dict[str, str] | None = None,
     ) -> None:
         self.sweep, self.trial, self.steps, self.step_tokens = sweep, trial, steps, step_tokens
         self.send, self.writes = report, writes
+        self.files = {} if files is None else files
         self.sent = 0.0
         self.rows: dict[str, list[dict[str, Any]]] = {
             table: [] for table in records.TABLES if table != "trials"
@@ -72,7 +75,7 @@ class Recorder:
         self.report(step)
         for table, rows in self.rows.items():
             if self.writes:
-                records.write(self.sweep, table, self.trial, step, rows)
+                self.keep(records.write(self.sweep, table, self.trial, step, rows))
             rows.clear()
         self.reported = 0
 
@@ -80,4 +83,11 @@ class Recorder:
         """The trial's own row in the table `trials`."""
         if self.writes:
             whole = {**row, "trial": self.trial, "status": status, "step": step}
-            records.write(self.sweep, "trials", self.trial, step, [whole])
+            file = records.write(self.sweep, "trials", self.trial, step, [whole])
+            if status != "running":
+                self.keep(file)
+
+    def keep(self, file: Path | None) -> None:
+        """Remember what a file holds."""
+        if file:
+            self.files[file.relative_to(self.sweep).as_posix()] = sealed.digest(file)

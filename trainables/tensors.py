@@ -5,6 +5,7 @@ Of a safetensors or GGUF file only the bytes of the tensor are read, from a hub 
 
 import json
 import math
+import os
 import struct
 import zipfile
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from analysis.errors import BadInput
-from trainables import frozen, hub
+from trainables import frozen, gguf_header, hub
 from trainables.heads import Fixed
 
 _TYPES = {
@@ -55,7 +56,7 @@ def matrix(file: Path, name: str | None) -> Fixed:
         wide = np.float64 if array.dtype.itemsize >= 8 else np.float32
         return Fixed(torch.from_numpy(np.array(array, dtype=wide)), None, None)
     with file.open("rb") as raw:
-        weight = _tensor(raw, *_entry(raw, file, name))
+        weight = _tensor(raw, str(file), *_entry(raw, file, name))
     return Fixed(weight if weight.dtype == torch.float64 else weight.float(), None, None)
 
 
@@ -65,14 +66,14 @@ def check(file: Path, name: str | None) -> None:
         _array(file)
         return
     with file.open("rb") as raw:
-        _entry(raw, file, name)
+        _type(raw, str(file), *_entry(raw, file, name))
 
 
 def _array(file: Path) -> Any:
     """Mapped."""
     try:
         array = np.load(file, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+    except Exception as error:  # whatever comes of reading a header as Python
         raise BadInput(f"{file}: not a matrix in numpy's format: {error}") from None
     if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiu":
         raise BadInput(f"{file}: not a matrix of numbers")
@@ -85,8 +86,8 @@ def _entry(raw: Any, file: Path, name: str | None) -> tuple[dict[str, Any], int]
     entries, start = _header(raw, str(file))
     chosen = [n for n, e in entries.items() if (n == name if name else len(e["shape"]) == 2)]
     if len(chosen) != 1:
-        found = ", ".join(f"{n} {'x'.join(map(str, e['shape']))}" for n, e in entries.items())
-        raise BadInput(f"{file}: --tensor NAME is one of: {found}")
+        shapes = [f"{n} {'x'.join(map(str, e['shape']))}" for n, e in entries.items()]
+        raise BadInput(f"{file}: --tensor NAME is one of: {', '.join(shapes) or 'none'}")
     _check_shape(file, entries[chosen[0]]["shape"])
     return entries[chosen[0]], start
 
@@ -110,8 +111,8 @@ class _Files:
         index = f"{self.root}/model.safetensors.index.json"
         if self.fs.exists(index):
             try:
-                places = json.loads(self.fs.read_text(index))["weight_map"]
-            except (ValueError, KeyError, TypeError):
+                places = dict(json.loads(self.fs.read_text(index))["weight_map"])
+            except (ValueError, LookupError, TypeError, RecursionError):
                 raise BadInput(f"{index}: not an index of safetensors") from None
         elif self.fs.exists(f"{self.root}/model.safetensors"):
             with self._open("model.safetensors") as raw:
@@ -141,9 +142,12 @@ class _Files:
     def read(self, name: str) -> Tensor:
         if name in self.whole:
             return self.whole[name].float()
+        where = f"{self.where}: {self.places[name]}"
         with self._open(self.places[name]) as raw:
-            entries, start = _header(raw, self.where)
-            return _tensor(raw, entries[name], start).float()
+            entries, start = _header(raw, where)
+            if name not in entries:
+                raise BadInput(f"{where}: no {name} in it, which its index names")
+            return _tensor(raw, where, entries[name], start).float()
 
     def _open(self, file: str) -> Any:
         # What is read is known to the byte: nothing ahead of it.
@@ -157,30 +161,48 @@ def _header(raw: Any, where: str) -> tuple[dict[str, Any], int]:
     """Entries by name, and where their data begin."""
     try:
         (size,) = struct.unpack("<Q", raw.read(8))
-        entries = dict(json.loads(raw.read(size) if size <= HEADER else b""))
-    except (struct.error, ValueError, TypeError):
-        raise BadInput(f"{where}: not a safetensors file, or cut short") from None
-    entries.pop("__metadata__", None)
+        entries = json.loads(raw.read(size) if size <= HEADER else b"")
+        entries = {name: e for name, e in dict(entries).items() if name != "__metadata__"}
+        sound = all(map(_is_entry, entries.values()))
+    except (struct.error, ValueError, TypeError, RecursionError):
+        sound = False
+    if not sound:
+        raise BadInput(f"{where}: not a safetensors file, or cut short")
     return entries, 8 + size
 
 
-def _tensor(raw: Any, entry: dict[str, Any], start: int) -> Tensor:
-    first, last = entry["data_offsets"]
+def _is_entry(given: Any) -> bool:
+    match given:
+        case {"dtype": str(), "shape": [*shape], "data_offsets": [int(first), int(last)]}:
+            return 0 <= first <= last and all(type(n) is int and n >= 0 for n in shape)
+    return False
+
+
+def _type(raw: Any, where: str, entry: dict[str, Any], start: int) -> torch.dtype:
+    """Raises BadInput unless the tensor is there, and of floats."""
+    dtype, shape, (first, last) = _TYPES.get(entry["dtype"]), entry["shape"], entry["data_offsets"]
+    if dtype is None:
+        raise BadInput(f"{where}: a tensor of type {entry['dtype']}, not of floats")
+    whole = 0 < last - first == math.prod(shape) * dtype.itemsize
+    if not whole or start + last > raw.seek(0, os.SEEK_END):
+        raise BadInput(f"{where}: a tensor of shape {tuple(shape)} that is cut short")
+    return dtype
+
+
+def _tensor(raw: Any, where: str, entry: dict[str, Any], start: int) -> Tensor:
+    dtype, (first, last) = _type(raw, where, entry, start), entry["data_offsets"]
     raw.seek(start + first)
-    data, shape = bytearray(raw.read(last - first)), entry["shape"]
-    if (dtype := _TYPES.get(entry["dtype"])) is None:
-        raise BadInput(f"a tensor of type {entry['dtype']}, not of floats")
-    if not data or len(data) != math.prod(shape) * dtype.itemsize:
-        raise BadInput(f"a tensor of shape {tuple(shape)} that is cut short")
-    return torch.frombuffer(data, dtype=dtype).view(shape)
+    data = bytearray(raw.read(last - first))
+    return torch.frombuffer(data, dtype=dtype).view(entry["shape"])
 
 
 def _from_gguf(file: Path) -> Tensor:
     import gguf
 
+    gguf_header.check(file)
     try:
         tensors = {t.name: t for t in gguf.GGUFReader(file).tensors}  # mapped, not read
-    except (OSError, ValueError, LookupError) as error:
+    except Exception as error:  # whatever its bytes are taken for
         raise BadInput(f"{file}: not a GGUF file, or cut short: {error}") from None
     for name in ("output.weight", "token_embd.weight"):
         if name in tensors:

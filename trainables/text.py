@@ -15,7 +15,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from analysis.errors import BadInput
+from analysis.errors import BadInput, one_line
 from trainables import hub
 
 KINDS = (".txt", ".jsonl", ".parquet")
@@ -33,7 +33,12 @@ def identity(source: dict[str, Any]) -> dict[str, Any]:
     columns = {"text": source["text"], "date": source["date"], "documents": source["documents"]}
     if source["package"]:
         _package_files(source["package"])
-        version = importlib.metadata.version(source["package"])
+        try:
+            version = importlib.metadata.version(source["package"])
+        except importlib.metadata.PackageNotFoundError:
+            raise BadInput(
+                f"corpus.package: {source['package']!r} has no version of that name"
+            ) from None
         return {"package": source["package"], "version": version, **columns}
     if source["files"]:
         digest = hashlib.sha256()
@@ -59,7 +64,10 @@ def read(source: dict[str, Any]) -> Iterator[Document]:
 
 
 def _package_files(package: str) -> list[Path]:
-    spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    try:
+        spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    except ValueError:  # __main__ has none
+        spec = None
     if spec is None or not spec.submodule_search_locations:
         raise BadInput(f"corpus.package: no installed package named {package!r}")
     files = sorted(Path(spec.submodule_search_locations[0]).rglob("*.txt"))
@@ -83,14 +91,16 @@ def _open_files(pattern: str) -> list[tuple[Any, str]]:
 
     try:
         fs, path = fsspec.core.url_to_fs(pattern)
-    except (ValueError, ImportError) as error:
-        raise BadInput(f"corpus.files: {error}") from None
-    paths = sorted(fs.glob(path) if any(c in path for c in "*?[") else fs.find(path))
+        paths = sorted(fs.glob(path) if any(c in path for c in "*?[") else fs.find(path))
+    except Exception as error:  # each store has its own
+        raise BadInput(f"corpus.files: {pattern}: {one_line(error)}") from None
     if not paths:
         raise BadInput(f"corpus.files: nothing at {pattern}")
     for p in paths:
         if _kind(p) not in KINDS:
             raise BadInput(f"corpus.files: {p} is none of {', '.join(KINDS)} (or those with .gz)")
+        if "file" in fs.protocol and not Path(p).is_file():  # a pipe would keep us waiting
+            raise BadInput(f"corpus.files: {p} is not a file")
     return [(fs, p) for p in paths]
 
 
@@ -106,32 +116,38 @@ def _fingerprint(fs: Any, path: str) -> bytes:
 
 
 def _from_files(source: dict[str, Any]) -> Iterator[Document]:
+    for fs, path in _open_files(source["files"]):
+        try:
+            with fs.open(path, "rb") as raw:
+                yield from _in_file(raw, path, source)
+        except BadInput:
+            raise
+        except Exception as error:  # of gzip, of parquet, of the store
+            kind = _kind(path)[1:]
+            raise BadInput(f"{path}: not a {kind} file, or damaged: {one_line(error)}") from None
+
+
+def _in_file(raw: Any, path: str, source: dict[str, Any]) -> Iterator[Document]:
     import fsspec
     import polars as pl
 
-    for fs, path in _open_files(source["files"]):
-        with fs.open(path, "rb") as raw:
-            if path.endswith(".gz"):
-                raw = fsspec.compression.compr["gzip"](raw, mode="rb")
-            if _kind(path) == ".txt":
-                yield _text_file(raw.read(), path)
-            elif _kind(path) == ".jsonl":
-                for number, line in enumerate(raw, 1):
-                    if line.strip():
-                        yield _row(_json(line, f"{path}:{number}"), source, f"{path}:{number}")
-            else:
-                try:
-                    frame = pl.read_parquet(raw)
-                except pl.exceptions.PolarsError as error:
-                    raise BadInput(f"{path}: not a parquet file: {error}") from None
-                for number, row in enumerate(frame.iter_rows(named=True)):
-                    yield _row(row, source, f"{path}: row {number}")
+    if path.endswith(".gz"):
+        raw = fsspec.compression.compr["gzip"](raw, mode="rb")
+    if _kind(path) == ".txt":
+        yield _text_file(raw.read(), path)
+    elif _kind(path) == ".jsonl":
+        for number, line in enumerate(raw, 1):
+            if line.strip():
+                yield _row(_json(line, f"{path}:{number}"), source, f"{path}:{number}")
+    else:
+        for number, row in enumerate(pl.read_parquet(raw).iter_rows(named=True)):
+            yield _row(row, source, f"{path}: row {number}")
 
 
 def _json(line: bytes, where: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BadInput(f"{where}: not JSON: {error}") from None
     if not isinstance(row, dict):
         raise BadInput(f"{where}: expected an object with a text, not {type(row).__name__}")
@@ -146,6 +162,10 @@ def _row(row: dict[str, Any], source: dict[str, Any], where: str) -> Document:
     text = row[source["text"]]
     if not isinstance(text, str):
         raise BadInput(f"corpus.text: {source['text']!r} is not text in {where}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise BadInput(f"{where}: half a surrogate pair at character {error.start}") from None
     return Document(text, str(row[source["date"]]) if source["date"] else None)
 
 
@@ -162,9 +182,12 @@ def _hub_revision(name: str) -> str:
 def _from_hub(source: dict[str, Any]) -> Iterator[Document]:
     from datasets import load_dataset
 
+    name = source["hub"]
     try:
-        rows = load_dataset(source["hub"], source["config"], split=source["split"], streaming=True)
-    except (ValueError, OSError) as error:
-        raise BadInput(f"corpus.hub: {str(error).strip().splitlines()[0]}") from None
-    for number, row in enumerate(rows):
-        yield _row(row, source, f"{source['hub']}: row {number}")
+        rows = load_dataset(name, source["config"], split=source["split"], streaming=True)
+        for number, row in enumerate(rows):
+            yield _row(row, source, f"{name}: row {number}")
+    except BadInput:
+        raise
+    except Exception as error:  # of datasets, of the hub, of what reads its files
+        raise BadInput(f"corpus.hub: {name}: {one_line(error)}") from None

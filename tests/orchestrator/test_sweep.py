@@ -22,7 +22,7 @@ from click.testing import CliRunner, Result
 from mlflow import MlflowClient
 
 from analysis import records, tables
-from orchestrator import cluster, ledger, place, progress, tracking
+from orchestrator import cluster, lease, ledger, place, progress, tracking
 from orchestrator.cli import main
 from tests.conftest import TIMING, TINY
 from trainables import pretrain
@@ -63,6 +63,9 @@ def assert_same(sweep: Path, uninterrupted: Path) -> None:
         assert frame.equals(found[table].filter(pl.col("trial").is_in(trials))), table
 
 
+SECRETS = {name: f"{name} tells nobody" for name in ("AWS_SECRET_ACCESS_KEY", "HF_TOKEN")}
+
+
 @pytest.fixture(scope="module")
 def swept(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
     """A finished sweep of four trials, started beside a user's own folder named `analysis`."""
@@ -70,7 +73,7 @@ def swept(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
     (folder / "analysis").mkdir()
     (folder / "analysis" / "__init__.py").write_text("raise ImportError('the user's own')\n")
     write_grid(folder)
-    done = command("sweep", "--grid", "tiny.yaml", cwd=folder)
+    done = command("sweep", "--grid", "tiny.yaml", cwd=folder, env={**os.environ, **SECRETS})
     assert done.returncode == 0, done.stderr
     (folder / "stdout").write_text(done.stdout)
     (folder / "stderr").write_text(done.stderr)
@@ -86,6 +89,12 @@ def test_every_trial_is_done_and_recorded(swept: Path) -> None:
         assert each["len"].to_list() == [rows] * 4
     assert found["spectra"].height == 3 * 4 * 2 * (8 + 16)  # matrices, steps, heads, sizes
     assert {e["status"] for e in ledger.read(swept / "runs" / "tiny").values()} == {"done"}
+
+
+def test_no_file_and_no_line_tells_a_secret_of_the_environment(swept: Path) -> None:
+    written = [file.read_bytes() for file in swept.rglob("*") if file.is_file()]
+    assert len(written) > 40
+    assert not any(b"tells nobody" in content for content in written)
 
 
 def test_the_user_sees_the_table_and_what_is_next(swept: Path) -> None:
@@ -168,7 +177,7 @@ def test_a_changed_grid_under_an_old_name_is_refused(swept: Path) -> None:
 
 
 def test_a_second_driver_is_refused(swept: Path) -> None:
-    with ledger.driving(swept / "runs" / "tiny"):
+    with lease.hold(swept / "runs" / "tiny"):
         done = command("sweep", "--grid", "tiny.yaml", cwd=swept)
     assert done.returncode == 2 and "another `lmsat` is at work" in done.stderr
 
@@ -235,12 +244,15 @@ def test_ui_opens_on_the_runs(swept: Path) -> None:
 
 
 @contextmanager
-def running(folder: Path, *more: str) -> Iterator[subprocess.Popen[str]]:
+def running(
+    folder: Path, *more: str, env: dict[str, str] | None = None
+) -> Iterator[subprocess.Popen[str]]:
     """A sweep of long trials, at work; on an MLflow server if one is named."""
     script = str(Path(sys.executable).parent / "lmsat")
     with subprocess.Popen(
         [script, "sweep", "--grid", "tiny.yaml", *more],
         cwd=folder,
+        env=env,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -362,6 +374,7 @@ def test_one_trials_end_is_not_the_others(tmp_path: Path, cache: Path) -> None:
 
     path = write_grid(
         tmp_path,
+        retries=1,
         trials=[
             {"model": {"size": "nano-8"}, "head": {"rank": 2}, "train": {"lr": 1e38, "clip": 0}},
             {"model": {"size": "nano-8"}, "head": {"rank": "full"}, "deepspeed": {"stage": 1}},
@@ -383,6 +396,10 @@ def test_one_trials_end_is_not_the_others(tmp_path: Path, cache: Path) -> None:
         "nano-16 r=full s=0 lr=0.02": "done",
     }
     assert "written with stage 0, cannot go on with stage 1" in found[broken["name"]]["error"]
+    log = sweep / "trials" / broken["id"] / "errors.txt"
+    assert log.read_text().count("\nRuntimeError: ") == 2  # once, and once more
+    assert f"{broken['name']}: RuntimeError: " in done.stderr and str(log.name) in done.stderr
+    assert "1 failed after their retries" in done.stderr and "Traceback" not in done.stderr
     assert "lr=1e+38 diverged" in done.stderr and "stage=1 lr=0.04 failed" in done.stderr
     table = records.scan(sweep, "trials").collect()
     assert dict(zip(table["name"], table["status"], strict=True)) == statuses

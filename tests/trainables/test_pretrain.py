@@ -54,7 +54,7 @@ def stop_after(calls: int) -> Any:
 
 def test_losses_are_golden(tiny_trial: dict[str, Any], tmp_path: Path, cache: Path) -> None:
     outcome = pretrain.train(tiny_trial, tmp_path, cache)
-    assert outcome == ("done", 48)
+    assert outcome[:2] == ("done", 48)
     found = losses(tmp_path, tiny_trial)
     golden = np.loadtxt(Path(__file__).parent / "golden.txt")
     np.testing.assert_allclose(found, golden, atol=1e-4)
@@ -69,7 +69,10 @@ def test_a_resumed_trial_equals_an_uninterrupted_one(
     trial = variant(tiny_trial, model={**OTHER, "config": str(_gpt2(tmp_path))})
     assert pretrain.train(trial, whole, cache).status == "done"
     if kind == "interrupted":
-        assert pretrain.train(trial, parts, cache, should_stop=stop_after(20)) == ("stopped", 20)
+        assert pretrain.train(trial, parts, cache, should_stop=stop_after(20))[:2] == (
+            "stopped",
+            20,
+        )
     else:
 
         def die(progress: dict[str, Any]) -> None:
@@ -210,7 +213,7 @@ def test_a_trial_that_diverges_is_marked(
 
     monkeypatch.setattr(heads.LinearHead, "forward", broken)
     trial = variant(tiny_trial, deepspeed={"stage": stage})
-    assert pretrain.train(trial, tmp_path, cache) == ("diverged", 10)
+    assert pretrain.train(trial, tmp_path, cache)[:2] == ("diverged", 10)
     assert records.scan(tmp_path, "trials").collect()["status"].to_list() == ["diverged"]
     assert len(losses(tmp_path, trial)) == 10
 

@@ -86,7 +86,7 @@ def test_a_pack_stopped_in_the_middle_goes_on_as_if_it_had_not(
     asked = itertools.count()
     cut = rankfit.fit(some, tmp_path / "cut", cache, should_stop=lambda: next(asked) == 7)
     for trial in trained(some):
-        assert cut[trial["id"]] == ("stopped", 7)
+        assert cut[trial["id"]][:2] == ("stopped", 7)
     assert rankfit.fit(some, tmp_path / "cut", cache) == whole
     for trial in trained(some):
         same(tmp_path / "whole", tmp_path / "cut", trial["id"])
@@ -105,7 +105,7 @@ def test_heads_at_different_steps_meet_in_one_pass(
         )
     ended = rankfit.fit([late, early], tmp_path / "cut", cache)
     for trial in (late, early):
-        assert ended[trial["id"]] == ("done", 12)
+        assert ended[trial["id"]][:2] == ("done", 12)
         same(tmp_path / "whole", tmp_path / "cut", trial["id"])
 
 
@@ -117,7 +117,7 @@ def test_one_heads_divergence_leaves_the_others_untouched(
     bad["train"]["lr"], bad["train"]["clip"] = 1e38, 0.0
     outcomes = rankfit.fit([bad, good], tmp_path / "both", cache)
     assert outcomes[bad["id"]].status == "diverged" and outcomes[bad["id"]].step < 12
-    assert outcomes[good["id"]] == ("done", 12)
+    assert outcomes[good["id"]][:2] == ("done", 12)
     rankfit.fit([good], tmp_path / "alone", cache)
     same(tmp_path / "both", tmp_path / "alone", good["id"])
     status = records.scan(tmp_path / "both", "trials").select("trial", "status").collect().rows()
@@ -283,7 +283,7 @@ def test_checkpoints_of_a_pack_are_whole(backbone: Path, cache: Path, tmp_path: 
     rankfit.fit(some, tmp_path, cache, should_stop=lambda: next(asked) == 5)
     for trial in some:
         (kept,) = (tmp_path / "trials" / trial["id"] / "checkpoints").glob("step-*")
-        assert checkpoint.verify(kept) == []
+        assert kept.name in {name for name, _, bad in checkpoint.verify(kept.parent) if not bad}
 
 
 def _worker(
