@@ -2,7 +2,7 @@
 (arXiv 2404.07647), a series for each trial. `paper` adds readings off the paper's own figures.
 
 Each figure is written as `path`.png and `path`.svg; where the records hold nothing for it, not at
-all. Step 0 is left out of logarithmic axes.
+all. Of very many series the first by name are drawn. Step 0 is left out of logarithmic axes.
 """
 
 import re
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-PANELS = 8
+MOST, PANELS = 100, 8  # series of a figure; where each has a panel of its own
 INDICES = 100  # of a spectrum, that the paper shows
 SPECTRA = ("pythia-14m", "pythia-410m")  # of the paper: one that saturates, one that does not
 LINES = ("-", "--", ":", "-.")
@@ -40,7 +40,7 @@ def perplexity(directory: Path, path: Path, paper: bool = False) -> list[Path]:
 
 def spectrum_heatmap(directory: Path, path: Path, paper: bool = False) -> list[Path]:
     """Figure 4: the head's singular values over the largest of them, along training."""
-    return _write(spectra_figure, spectra(directory), path, paper)
+    return _write(spectra_figure, spectra(directory), path, paper, PANELS)
 
 
 def singular_entropy(directory: Path, path: Path, paper: bool = False) -> list[Path]:
@@ -166,14 +166,13 @@ def perplexity_figure(frame: pl.DataFrame, paper: bool = False) -> "Figure":
 
 
 def spectra_figure(frame: pl.DataFrame, paper: bool = False) -> "Figure":
-    """Draw `spectra`, a panel for each of the first eight series, then two of the paper's."""
+    """Draw `spectra`, a panel for each series, then two of the paper's."""
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import PowerNorm
     from matplotlib.ticker import MaxNLocator
 
-    lines = list(_lines(frame))
     panels = []
-    for style, line in lines[:PANELS]:
+    for style, line in _lines(frame):
         steps, _, ratios = _matrix(line)
         panels.append((style["label"], steps, ratios))
     for model in SPECTRA if paper else ():
@@ -191,8 +190,6 @@ def spectra_figure(frame: pl.DataFrame, paper: bool = False) -> "Figure":
     figure.supxlabel("training step", fontsize="medium")
     figure.supylabel("index i of the singular value", fontsize="medium")
     figure.colorbar(scale, ax=grid, label=r"$\sigma_i / \sigma_0$ of the head", aspect=30)
-    if len(lines) > PANELS:
-        figure.suptitle(f"the first {PANELS} of {len(lines)} series by name", fontsize="medium")
     return figure
 
 
@@ -313,14 +310,21 @@ def _legend(figure: "Figure", axes: "Axes") -> None:
 
 
 def _write(
-    build: Callable[[pl.DataFrame, bool], "Figure"], frame: pl.DataFrame, path: Path, paper: bool
+    build: Callable[[pl.DataFrame, bool], "Figure"],
+    frame: pl.DataFrame,
+    path: Path,
+    paper: bool,
+    most: int = MOST,
 ) -> list[Path]:
     """Both files of a figure, the same figure to the same bytes."""
     import matplotlib
 
     if frame.is_empty():
         return []
-    figure = build(frame, paper)
+    series = frame["series"].unique().sort()
+    figure = build(frame.filter(pl.col("series").is_in(series[:most].implode())), paper)
+    if len(series) > most:
+        figure.suptitle(f"the first {most} of {len(series)} series by name", fontsize="medium")
     files = [path.with_name(f"{path.name}.{suffix}") for suffix in ("png", "svg")]
     for file in files:
         kind = file.suffix[1:]

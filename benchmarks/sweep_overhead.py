@@ -59,6 +59,8 @@ def measure(name: str, run: Callable[[str], None]) -> float:
 
 
 def lmsat(folder: str) -> None:
+    from ray.tune.trainable import wrap_function
+
     from orchestrator import grid, ledger, progress, sweep, tracking
 
     def work(config: dict[str, Any]) -> None:
@@ -69,9 +71,9 @@ def lmsat(folder: str) -> None:
         (trial,) = config["pack"]
         note(folder, trial)
         tune.report({"news": [{"trial": trial, "step": 1, "steps": 1, "rows": []}], "group": None})
-        ledger.conclude(Path(config["sweep"]), trial, "done", 1)
+        ledger.conclude(Path(config["sweep"]), trial, "done", 1, {})
 
-    sweep._work = work  # everything but the training is lmsat's own
+    sweep._Trial = wrap_function(work)  # everything but the training is lmsat's own
     with tempfile.TemporaryDirectory() as home:
         path = Path(home) / "noop.yaml"
         path.write_text(GRID)

@@ -1,11 +1,13 @@
 """What a sweep's driver does with news of a trial: into the ledger, into MLflow, to the watcher."""
 
+import functools
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
 from analysis import records
-from analysis.errors import full
+from analysis.errors import Failed, full
 from orchestrator import ledger, plan
 from orchestrator.tracker import Tracker
 from trainables import heads, schedule
@@ -47,7 +49,7 @@ class Driver:
         """Take up what the ledger knows of these trials, and bring MLflow up to the records."""
         self.costs |= {cost.id: cost for cost in planned.costs}
         self.packs += [pack.trials for pack in planned.packs]
-        known = ledger.read(self.sweep)
+        known, changed = ledger.read(self.sweep), []
         for trial in trials:
             id, t = trial["id"], trial["train"]
             entry = {"status": "waiting", "step": 0, **known.get(id, {})}
@@ -57,10 +59,14 @@ class Driver:
             steps = schedule.steps(t["tokens"], t["batch"], t["sequence"]) if trained else 0
             # The trial anew: the grid may have given it other hardware.
             entry |= {"id": id, "steps": steps, "trial": trial, "tags": self._tags(id)}
-            if entry != known.get(id):
-                entry = ledger.write(self.sweep, entry)
             self.entries[id] = entry
-            self.tracker.update(entry)
+            if entry != known.get(id):
+                changed.append(entry)
+        with ThreadPoolExecutor(16) as pool:  # each write waits for the disk
+            written = pool.map(functools.partial(ledger.write, self.sweep), changed)
+            self.entries |= {entry["id"]: entry for entry in written}
+        for trial in trials:
+            self.tracker.update(self.entries[trial["id"]])
         statuses = {i: entry["status"] for i, entry in self.entries.items()}
         self.watcher.started(list(self.costs.values()), statuses)
 
@@ -106,6 +112,16 @@ class Driver:
             with log.open("a") as file:
                 file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}\n{failure.strip()}\n\n")
         self.watcher.warned(f"{self.costs[pack[0]].name}: {last_line(failure)}")
+
+    def on_lost(self, failure: str) -> None:
+        """Everything that ran has ended with one failure. Raises Failed where nothing did run."""
+        if not self.active:
+            raise Failed(failure)
+        lost = [*self.active]
+        self.on_failure(lost, failure)
+        for id in lost:
+            if ledger.outcome(self.sweep, id) or not self.again(id):
+                self.on_end(id, failure)
 
     def again(self, id: str) -> bool:
         """Whether to try once more to begin a trial."""

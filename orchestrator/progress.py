@@ -12,6 +12,7 @@ from orchestrator.plan import Cost
 from orchestrator.terminal import duration, short
 
 EVERY = 10.0  # seconds between lines where there is no terminal
+REFRESH = 0.25  # and where there is one
 CATCHING_UP = "bringing MLflow up to date"
 
 
@@ -132,7 +133,7 @@ class Progress:
         if status in ("diverged", "failed"):
             reason = f": {error}" if error else ""
             self._say(f"{self.costs[trial].name} {status}{reason}")
-        self._show(always="running" not in self.status.values())
+        self._show(always={"running", "waiting"}.isdisjoint(self.status.values()))
 
     def warned(self, what: str) -> None:
         self._say(what)
@@ -154,11 +155,15 @@ class Progress:
         return sum(c.seconds * self.done[i] for i, c in self.costs.items()) / total
 
     def _show(self, always: bool = False) -> None:
-        if self.console.is_terminal:
+        """Of ten thousand trials a line takes milliseconds: not with every piece of news."""
+        terminal = self.console.is_terminal
+        if not always and time.monotonic() - self.said < (REFRESH if terminal else EVERY):
+            return
+        self.said = time.monotonic()
+        if terminal:
             self.live.update(Text(self._line()))
-        elif always or time.monotonic() - self.said > EVERY:
+        else:
             self._say(self._line())
-            self.said = time.monotonic()
 
     def _line(self) -> str:
         count = {s: sum(x == s for x in self.status.values()) for s in set(self.status.values())}

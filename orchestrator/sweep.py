@@ -15,6 +15,7 @@ from typing import Any
 
 import click
 import fsspec
+import ray
 import yaml
 from ray import tune
 from ray.tune.trainable import wrap_function
@@ -236,6 +237,7 @@ def _tune(
             tune_config=tune.TuneConfig(
                 search_alg=_Packs(packs, needs),
                 num_samples=len(packs),
+                scheduler=_InTurn(),
                 # A destroyed ZeRO-3 engine is not freed; and who waits for workers in vain
                 # is stopped by its end alone.
                 reuse_actors=all(
@@ -255,7 +257,12 @@ def _tune(
         try:
             tuner.fit()
         except Exception as error:
-            raise Failed(full(error)) if full(error) else error from None
+            if full(error):
+                raise Failed(full(error)) from None
+            # Tune knows no retry where Ray ends workers because their machine's memory is full.
+            if not isinstance(error.__cause__, ray.exceptions.OutOfMemoryError):
+                raise
+            driver.on_lost(str(error.__cause__).splitlines()[0])
     if holding.lost.is_set():
         raise Failed(f"{driver.sweep}: another `lmsat` has taken it over, and goes on with it")
     if driver.full:
@@ -287,6 +294,21 @@ class _Packs(_ForThisProcess, tune.search.Searcher):  # type: ignore[misc]
     def save(self, checkpoint_path: str) -> None: ...
 
     def restore(self, checkpoint_path: str) -> None: ...
+
+
+class _InTurn(_ForThisProcess, tune.schedulers.FIFOScheduler):  # type: ignore[misc]
+    """First in, first out. Tune's own looks at every trial there has been, at every step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left: list[Any] = []
+
+    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
+        self.left.append(trial)
+
+    def choose_trial_to_run(self, tune_controller: Any) -> Any:
+        self.left = [trial for trial in self.left if not trial.is_finished()]
+        return next((trial for trial in self.left if trial.status == trial.PENDING), None)
 
 
 class _Callback(_ForThisProcess, tune.Callback):  # type: ignore[misc]
