@@ -74,7 +74,7 @@ def mend(sweep: Path, deep: bool, say: Callable[[str], None]) -> None:
     for file, what in (*_facts(sweep), *_grid(sweep)):
         if what and file.startswith("trials/"):
             again(file.split("/")[1], file, what)
-        elif what:
+        elif what == "damaged":  # what is only missing may be so because of a kill
             say(f"{sweep / file} is {what}: it is written anew")
             (sweep / file).unlink(missing_ok=True)
     for trial, files in finished.items():
@@ -118,6 +118,9 @@ def _grid(sweep: Path) -> Iterator[Found]:
         yield "grid.yaml", "missing"
     except (OSError, ValueError, yaml.YAMLError):
         yield "grid.yaml", "damaged"
+    for trial in plan.get("trials", []):
+        if not (sweep / "ledger" / f"{trial['id']}.json").exists():
+            yield f"ledger/{trial['id']}.json", "missing"
     for path in sorted((sweep / "ledger").glob("*.json")):
         entry = _read(path)
         outcome = f"trials/{path.stem}/outcome.json"

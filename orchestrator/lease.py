@@ -2,7 +2,7 @@
 
     driver/000003.json   a claim: who, and when last heard of; the highest number holds
 
-A claim is made by creating the file of the next number, which one machine alone can do. A holder
+A claim is made by linking to the file of the next number, which one machine alone can do. A holder
 that was silent for too long is overtaken, and learns of it from the higher number, as do its
 workers.
 """
@@ -13,6 +13,7 @@ import os
 import socket
 import threading
 import time
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,13 +46,17 @@ def hold(sweep: Path) -> Iterator[Lease]:
         )
     own, me = _claim(sweep, before + 1), _self()
     own.parent.mkdir(parents=True, exist_ok=True)
+    # A link, which one alone can make, to what is whole: half a claim would bar the way.
+    beside = own.with_name(f".{uuid.uuid4().hex[:8]}")
+    beside.write_text(json.dumps(me))
     try:
-        with own.open("x") as file:
-            json.dump(me, file)
+        os.link(beside, own)
         if overtaken(sweep, before + 1):
             raise FileExistsError
     except FileExistsError:
         raise BadInput(f"{sweep}: another `lmsat` has just begun to work here") from None
+    finally:
+        beside.unlink()
     for old in own.parent.glob("*.json"):
         if old < own:
             old.unlink(missing_ok=True)
