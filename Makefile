@@ -20,7 +20,7 @@ audit:
 	.venv/audit/bin/python -m pip install --quiet pip-audit
 	.venv/audit/bin/pip-audit -s osv -r constraints.txt --no-deps --disable-pip
 
-# Sweeps killed and damaged, for forty minutes: docs/reliability.md.
+# Sweeps killed, filled and damaged: docs/reliability.md.
 chaos: export OMP_NUM_THREADS = 1
 chaos: .venv/ready
 	$(BIN)/python -m tests.chaos

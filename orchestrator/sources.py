@@ -76,8 +76,9 @@ def laws(path: Path, series: list[Curve]) -> dict[str, tuple[float, float, float
         law = LAWS[answer["form"]]
         drawn = {name: np.array(c, float)[:, None] for name, c in answer["draws"].items()}
         constants = {row["name"]: float(row["value"]) for row in answer["constants"]}
-        if not constants.keys() == drawn.keys() == set(law.constants):
-            raise ValueError(f"the constants of {law.name} are {', '.join(law.constants)}")
+        names = (*law.constants, *law.exponents)
+        if not constants.keys() == drawn.keys() == set(names):
+            raise ValueError(f"the constants of {law.name} are {', '.join(names)}")
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise BadInput(f"--law: {path} is no fit-*.json of lmsat fit ({error})") from None
     found = {}

@@ -85,8 +85,10 @@ def run(
                     break
         finally:
             if not holding.lost.is_set():
-                _show(sweep)
-                tracker.close()
+                try:
+                    _show(sweep)
+                finally:
+                    tracker.close()
         return driver.entries
 
 

@@ -47,7 +47,7 @@ def test_nothing_is_lost_or_doubled_whatever_is_killed(
     home: runs.Home, whole: kills.Subject
 ) -> None:
     attack = kills.Attack(home, whole, "fast")
-    strikes = [("cluster", "birth"), ("driver", "checkpoint"), ("worker", "records")]
+    strikes = [("cluster", "birth"), ("driver", "checkpoint")]
     attack.go(strikes)
     assert attack.wrong == []
     assert attack.struck == dict.fromkeys(strikes, 1)

@@ -1,8 +1,8 @@
 """Sweeps under force, held against one that nobody touched:  python -m tests.chaos
 
-Without an option all of it, in forty minutes on two cores, and docs/reliability.md is written.
-`--only kills --seed 3 --count 10` does a part, and again. Exit code 1 where anything was lost,
-doubled, or otherwise.
+Without an option all of it, on two cores; `--only kills --seed 3 --count 10` a part, and again.
+What was tried is written into docs/reliability.md. Exit code 1 where anything was lost, doubled, or
+otherwise.
 """
 
 import random
@@ -15,8 +15,8 @@ from pathlib import Path
 
 import click
 
-from orchestrator import ledger, place
-from tests.chaos import faults, kills, nodes, runs
+from orchestrator import ledger
+from tests.chaos import faults, inputs, kills, nodes, runs
 
 PAGE = Path(__file__).parents[2] / "docs" / "reliability.md"
 MARKS = "<!-- made by `make chaos` -->", "<!-- end -->"
@@ -70,6 +70,12 @@ FAULTS: dict[str, tuple[str, str, Callable[..., faults.Found], int]] = {
         "a checkpoint that the trial cannot go on from",
         faults.hopeless,
         3,
+    ),
+    "inputs": (
+        "Malformed input ends in one line, with the right exit code",
+        "every command, file and record: cut, flipped, mutated (tests/test_malformed_*.py)",
+        inputs.malformed,
+        1,
     ),
 }
 Row = tuple[str, str, str, list[str]]  # promise, how it was tried, how often, what was wrong
@@ -139,24 +145,23 @@ def main(only: tuple[str, ...], seed: int, count: int | None, keep: bool) -> Non
     wrong = [line for row in rows for line in row[3]]
     minutes = (time.monotonic() - began) / 60
     print(f"{'nothing' if not wrong else len(wrong)} wrong, {minutes:.0f} minutes")
-    if not only:
-        write(rows, seed, minutes)
+    write(rows, f"{time.strftime('%Y-%m-%d')}, seed {seed}")
     if not wrong and not keep:
         shutil.rmtree(home.folder)
     sys.exit(bool(wrong))
 
 
-def write(rows: list[Row], seed: int, minutes: float) -> None:
-    """The table into the page."""
-    page = PAGE.read_text()
-    before, _, rest = page.partition(MARKS[0])
-    lines = ["| promise | how it is tried | how often | lost, doubled, otherwise |"]
-    lines += ["|---|---|---|---|"]
-    lines += [f"| {p} | {how} | {n} | {len(w) or 'nothing'} |" for p, how, n, w in rows]
-    when = time.strftime("%Y-%m-%d")
-    lines += ["", f"{when}, seed {seed}, {minutes:.0f} minutes on {place.cores()} cores."]
-    table = "\n".join([MARKS[0], "", *lines, "", MARKS[1]])
-    PAGE.write_text(before + table + rest.partition(MARKS[1])[2])
+def write(rows: list[Row], when: str) -> None:
+    """The rows into the page's table, in the place of those on the same promise."""
+    before, _, rest = PAGE.read_text().partition(MARKS[0])
+    known, _, after = rest.partition(MARKS[1])
+    lines = {line.split("|")[1].strip(): line for line in known.splitlines() if "|" in line}
+    lines["promise"] = "| promise | how it is tried | how often | lost, doubled, otherwise | when |"
+    lines["---"] = "|---|---|---|---|---|"
+    for promise, how, often, wrong in rows:
+        lines[promise] = f"| {promise} | {how} | {often} | {len(wrong) or 'nothing'} | {when} |"
+    table = "\n".join([lines.pop("promise"), lines.pop("---"), *lines.values()])
+    PAGE.write_text(f"{before}{MARKS[0]}\n\n{table}\n\n{MARKS[1]}{after}")
 
 
 if __name__ == "__main__":

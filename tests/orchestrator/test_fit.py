@@ -10,6 +10,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from analysis import records
+from orchestrator import ledger
 from orchestrator.cli import main
 
 PAPER = ("law.csv", "--fix", "B=410.7,b=0.28,E=1.69", "--objective", "squares")
@@ -131,8 +132,7 @@ def test_losses_along_a_run_are_fitted_by_the_areas_of_its_schedule() -> None:
     train = {"lr": 0.01, "schedule": "cosine", "warmup": 0.0, "cooldown": 0.0, "final_lr": 0.1}
     trial = {"id": "t", "name": "m", "train": train, "axes": {}}
     entry = {"id": "t", "trial": trial, "steps": steps, "status": "done", "step": steps}
-    (folder / "ledger").mkdir(parents=True)
-    (folder / "ledger" / "t.json").write_text(json.dumps(entry))
+    ledger.write(folder, entry)
     blank = dict.fromkeys(records.TABLES["trials"])
     records.write(folder, "trials", "t", steps, [{**blank, "trial": "t", "name": "m"}])
     s1, s2, momentum, before, rows = 0.0, 0.0, 0.0, 0.01, []

@@ -310,7 +310,9 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(
     server = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", store]
     server += ["--artifacts-destination", str(tmp_path / "artifacts"), "--workers", "1"]
     server += ["--port", str(port)]
-    with serving(server, port, cwd=tmp_path) as address:
+    # Its runners of jobs, unused here, are eight processes that take half a minute to start.
+    env = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    with serving(server, port, cwd=tmp_path, env=env) as address:
         with running(tmp_path, "--tracking-uri", address) as driver:
             wait_for(lambda: saved(sweep) >= 1)
             driver.send_signal(signal.SIGINT)
