@@ -98,11 +98,6 @@ def write(
     return path
 
 
-def damage(sweep: Path, state: dict[str, Any]) -> list[str]:
-    """Which of the `files` that a checkpoint knew, by path in the sweep, are not what they were."""
-    return sealed.wrong(sweep, state["files"])
-
-
 def settle(sweep: Path, trial: str, files: Container[str]) -> None:
     """Of a trial that has ended keep these files alone: all else was written before a crash, and
     again after it."""
@@ -143,7 +138,7 @@ def scan(sweep: Path, table: str, trial: str = "*") -> pl.LazyFrame:
             yield (wanted if rows is None else wanted.head(rows)).collect()
         except (pl.exceptions.PolarsError, pl.exceptions.PanicException):
             for file in files:
-                if not _readable(file, table):
+                if not readable(file, table):
                     raise sealed.Damaged(str(file)) from None
             raise
 
@@ -154,9 +149,10 @@ def _open(files: list[Path], table: str) -> pl.LazyFrame:
     return pl.scan_parquet(files, schema=TABLES[table], missing_columns="insert")
 
 
-def _readable(file: Path, table: str) -> bool:
+def readable(file: Path, table: str) -> bool:
+    """Whether a file can be read as that table: not whether it holds what was written."""
     try:
         _open([file], table).collect()
-    except (pl.exceptions.PolarsError, pl.exceptions.PanicException):
+    except (OSError, pl.exceptions.PolarsError, pl.exceptions.PanicException):
         return False
     return True

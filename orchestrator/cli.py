@@ -3,7 +3,7 @@
 import math
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
@@ -27,24 +27,24 @@ class Group(click.Group):
         try:
             return super().invoke(ctx)
         except BadInput as error:
-            click.echo(f"error: {one_line(error)}", err=True)
-            sys.exit(2)
+            _end(error, 2)
         except click.UsageError as error:
-            click.echo(f"error: {one_line(error.format_message())}", err=True)
-            sys.exit(2)
+            _end(error.format_message(), 2)
         except (BrokenPipeError, KeyboardInterrupt):
             sys.exit(INTERRUPTED)
         except Failed as error:
-            click.echo(f"error: {one_line(error)}", err=True)
-            sys.exit(1)
+            _end(error, 1)
         except OSError as error:
             if error.errno in OF_PATHS:
-                click.echo(f"error: {one_line(f'{error.filename}: {error.strerror}')}", err=True)
-                sys.exit(2)
+                _end(f"{error.filename}: {error.strerror}", 2)
             if not (why := full(error)):
                 raise
-            click.echo(f"error: {one_line(why)}", err=True)
-            sys.exit(1)
+            _end(why, 1)
+
+
+def _end(error: Exception | str, code: int) -> NoReturn:
+    click.echo(f"error: {one_line(error)}", err=True)
+    sys.exit(code)
 
 
 @click.group(
@@ -267,10 +267,20 @@ def status(name: str, out: Path, as_json: bool) -> None:
 
 def _directory(name: str, out: Path) -> Path:
     """Of a sweep, or of what was probed."""
-    for directory in (out / name, Path(name)):
-        if (directory / "ledger").is_dir():
-            return directory
+    if found := _holding("ledger", name, out):
+        return found
     raise BadInput(f"{name}: nothing of that name in {out}, and no such directory")
+
+
+def _sweep(name: str, out: Path) -> Path:
+    if found := _holding("plan.json", name, out):
+        return found
+    raise BadInput(f"{name}: no sweep of that name in {out}, and no sweep directory")
+
+
+def _holding(part: str, name: str, out: Path) -> Path | None:
+    """A name under OUT, or a directory, that has this in it."""
+    return next((d for d in (out / name, Path(name)) if (d / part).exists()), None)
 
 
 @main.command(epilog="Example:  lmsat track ranks --tracking-uri http://127.0.0.1:5000")
@@ -351,13 +361,6 @@ def ranks(name: str, out: Path, tolerance: float, as_json: bool) -> None:
     from orchestrator import terminal
 
     terminal.print_results(_sweep(name, out), {"rankfit"}, as_json, tolerance)
-
-
-def _sweep(name: str, out: Path) -> Path:
-    for directory in (out / name, Path(name)):
-        if (directory / "plan.json").is_file():
-            return directory
-    raise BadInput(f"{name}: no sweep of that name in {out}, and no sweep directory")
 
 
 @main.command(

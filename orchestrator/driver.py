@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from analysis import records
 from analysis.errors import Failed, full
-from orchestrator import ledger, plan
+from orchestrator import ledger, plan, tracker
 from orchestrator.tracker import Tracker
 from trainables import heads, schedule
 
@@ -19,7 +19,7 @@ class Preparing(Protocol):
     def preparing(self, what: str, count: int = 0) -> None: ...
 
 
-class Watcher(Preparing, Protocol):
+class Watcher(Preparing, tracker.Watcher, Protocol):
     """Whoever looks on."""
 
     def started(self, costs: list[plan.Cost], statuses: dict[str, str]) -> None: ...
@@ -27,8 +27,6 @@ class Watcher(Preparing, Protocol):
     def progress(self, trial: str, step: int, steps: int) -> None: ...
     def ended(self, trial: str, status: str, error: str | None) -> None: ...
     def stopping(self) -> None: ...
-    def warned(self, what: str) -> None: ...
-    def catching_up(self, left: int) -> None: ...
 
 
 class Driver:

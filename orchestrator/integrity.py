@@ -4,7 +4,6 @@ from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
-import polars as pl
 import yaml
 
 from analysis import records, sealed
@@ -12,6 +11,8 @@ from orchestrator import lease, ledger
 from orchestrator.driver import Preparing
 
 Found = tuple[str, str]  # a file, by its path in the sweep, and what is wrong with it, or ""
+Facts = dict[str, dict[str, Any]]  # what is sealed, by path in the sweep; nothing where damaged
+_OUTCOME = "trials/{}/outcome.json"
 
 
 def verify(sweep: Path, mending: bool, watcher: Preparing) -> tuple[list[Found], int]:
@@ -34,9 +35,9 @@ def examine(sweep: Path) -> Iterator[Found]:
     """Every file of a sweep, or of measurements, that anything hangs on; not the report, which is
     drawn anew. While a driver is at work, those alone that will not change any more."""
     driven = lease.held(sweep)
-    yield from _facts(sweep)
-    yield from _grid(sweep)
-    finished = _finished(sweep)
+    facts = _facts(sweep)
+    finished = _finished(facts)
+    yield from _looked_at(sweep, facts)
     for files in finished.values():
         yield from _summed(sweep, files)
     if driven:
@@ -44,7 +45,7 @@ def examine(sweep: Path) -> Iterator[Found]:
     known = {file for files in finished.values() for file in files}
     for trial in sorted((sweep / "trials").glob("*")):
         if trial.is_dir():
-            summed = yield from _checkpoints(sweep, trial.name)
+            summed = yield from _checkpoints(sweep, trial.name, _storage(facts))
             if trial.name not in finished:
                 yield from _summed(sweep, {f: s for f, s in summed.items() if f not in known})
                 known |= summed.keys()
@@ -59,7 +60,8 @@ def mend(sweep: Path, deep: bool, say: Callable[[str], None]) -> None:
     """
     if (sweep / "plan.json").is_file():
         sealed.read(sweep / "plan.json")
-    finished = _finished(sweep)
+    facts = _facts(sweep)
+    finished = _finished(facts)
     for pattern in ("records/*/.*", "ledger/.*", "trials/*/.*.json.*", "trials/*/.*.safetensors.*"):
         for left in sweep.glob(pattern):  # half-written by one that was killed
             left.unlink()
@@ -67,11 +69,11 @@ def mend(sweep: Path, deep: bool, say: Callable[[str], None]) -> None:
     def again(trial: str, file: str, what: str) -> None:
         say(f"{sweep / file} is {what}: its trial goes on from its last whole checkpoint")
         (sweep / file).unlink(missing_ok=True)
-        (sweep / "trials" / trial / "outcome.json").unlink(missing_ok=True)
-        if known := _read(sweep / "ledger" / f"{trial}.json"):
+        (sweep / _OUTCOME.format(trial)).unlink(missing_ok=True)
+        if known := facts.get(f"ledger/{trial}.json"):
             ledger.write(sweep, {**known, "status": "stopped"})
 
-    for file, what in (*_facts(sweep), *_grid(sweep)):
+    for file, what in _looked_at(sweep, facts):
         if what and file.startswith("trials/"):
             again(file.split("/")[1], file, what)
         elif what == "damaged":  # what is only missing may be so because of a kill
@@ -91,25 +93,25 @@ def mend(sweep: Path, deep: bool, say: Callable[[str], None]) -> None:
         from trainables import checkpoint
 
         for folder in (sweep / "trials").glob("*"):
-            place = checkpoint.place(_storage(sweep), sweep, folder.name)
+            place = checkpoint.place(_storage(facts), sweep, folder.name)
             for name, _, bad in checkpoint.verify(place):
                 if bad:
                     checkpoint.discard(place, name)
 
 
-def _facts(sweep: Path) -> Iterator[Found]:
-    """What is sealed."""
-    for pattern in ("plan.json", "tracking.json", "ledger/*.json", "trials/*/outcome.json"):
-        for path in sorted(sweep.glob(pattern)):
-            yield _name(sweep, path), "" if _read(path) else "damaged"
+def _facts(sweep: Path) -> Facts:
+    patterns = ("plan.json", "tracking.json", "ledger/*.json", _OUTCOME.format("*"))
+    paths = [path for pattern in patterns for path in sorted(sweep.glob(pattern))]
+    return {_name(sweep, path): _read(path) for path in paths}
 
 
-def _grid(sweep: Path) -> Iterator[Found]:
-    """What a sweep's plan must have beside it."""
+def _looked_at(sweep: Path, facts: Facts) -> Iterator[Found]:
+    """The facts, and what a sweep's plan must have beside it."""
+    yield from ((file, "" if held else "damaged") for file, held in facts.items())
     if not (sweep / "trials").is_dir():
         return
-    plan, path = _read(sweep / "plan.json"), sweep / "grid.yaml"
-    if not (sweep / "plan.json").is_file():
+    plan, path = facts.get("plan.json", {}), sweep / "grid.yaml"
+    if "plan.json" not in facts:
         yield "plan.json", "missing"
     try:
         same = not plan or yaml.safe_load(path.read_bytes()) == plan["grid"]
@@ -119,19 +121,19 @@ def _grid(sweep: Path) -> Iterator[Found]:
     except (OSError, ValueError, yaml.YAMLError):
         yield "grid.yaml", "damaged"
     for trial in plan.get("trials", []):
-        if not (sweep / "ledger" / f"{trial['id']}.json").exists():
-            yield f"ledger/{trial['id']}.json", "missing"
-    for path in sorted((sweep / "ledger").glob("*.json")):
-        entry = _read(path)
-        outcome = f"trials/{path.stem}/outcome.json"
-        if entry.get("status") in ledger.FINISHED and not (sweep / outcome).exists():
+        if (entry := f"ledger/{trial['id']}.json") not in facts:
+            yield entry, "missing"
+    for file, held in facts.items():
+        outcome = _OUTCOME.format(Path(file).stem)
+        ended = file.startswith("ledger/") and held.get("status") in ledger.FINISHED
+        if ended and outcome not in facts:
             yield outcome, "missing"
 
 
-def _finished(sweep: Path) -> dict[str, dict[str, str]]:
+def _finished(facts: Facts) -> dict[str, dict[str, str]]:
     """The files of each trial that has ended, with their checksums."""
-    paths = sorted((sweep / "trials").glob("*/outcome.json"))
-    return {path.parent.name: _read(path).get("files", {}) for path in paths}
+    outcomes = {file: held for file, held in facts.items() if file.endswith("/outcome.json")}
+    return {Path(file).parent.name: held.get("files", {}) for file, held in outcomes.items()}
 
 
 def _summed(sweep: Path, sums: dict[str, str]) -> Iterator[Found]:
@@ -147,25 +149,21 @@ def _readable(sweep: Path, known: set[str]) -> Iterator[Found]:
     for table in records.TABLES:
         for path in sorted((sweep / "records" / table).glob("*.parquet")):
             name = _name(sweep, path)
-            if name in known:
-                continue
-            try:
-                pl.read_parquet(path, schema=records.TABLES[table], missing_columns="insert")
-                yield name, ""
-            except Exception:  # polars has many ways to say it
-                yield name, "damaged"
+            if name not in known:
+                yield name, "" if records.readable(path, table) else "damaged"
 
 
-def _storage(sweep: Path) -> str | None:
+def _storage(facts: Facts) -> str | None:
     """Where checkpoints are, if not in the sweep."""
-    return _read(sweep / "plan.json").get("checkpoints")
+    return facts.get("plan.json", {}).get("checkpoints")
 
 
-def _checkpoints(sweep: Path, trial: str) -> Generator[Found, None, dict[str, str]]:
+def _checkpoints(
+    sweep: Path, trial: str, storage: str | None
+) -> Generator[Found, None, dict[str, str]]:
     """A trial's; returns the files that the last whole one knows, with their checksums."""
     from trainables import checkpoint
 
-    storage = _storage(sweep)
     place = checkpoint.place(storage, sweep, trial)
     sums: dict[str, str] = {}
     for name, state, bad in checkpoint.verify(place):

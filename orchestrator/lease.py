@@ -110,7 +110,14 @@ def _who(sweep: Path, number: int) -> str:
 
 
 def _alive(sweep: Path, number: int) -> bool:
-    claim = _claim(sweep, number)
+    try:
+        return _lives(_claim(sweep, number))
+    except FileNotFoundError:
+        return held(sweep)  # overtaken while we looked
+
+
+def _lives(claim: Path) -> bool:
+    """Whether who made it does. Raises FileNotFoundError where it is gone."""
     try:
         holder = json.loads(claim.read_text())
         if holder.get("ended"):
@@ -118,8 +125,6 @@ def _alive(sweep: Path, number: int) -> bool:
         if holder["machine"] == _machine():
             began = _began(holder["pid"])
             return began is not None and abs(began - holder["began"]) < 2  # clocks are set
-    except FileNotFoundError:
-        return held(sweep)  # overtaken while we looked
     except (ValueError, KeyError, TypeError, AttributeError):
         pass  # being written, or damaged: its time tells
     return _age(claim) < SILENCE

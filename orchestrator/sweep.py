@@ -224,7 +224,7 @@ def _tune(
             return tune.PlacementGroupFactory([{"CPU": wanted["cpus"], "GPU": wanted["gpus"]}])
         # This is who waits for the workers: on the head, which stays, and no more of them than
         # there can be teams.
-        _, teams = place.at_once(there, wanted["workers"], wanted["cpus"], wanted["gpus"])
+        _, teams = place.at_once(there, **wanted)
         return tune.PlacementGroupFactory([{cluster.HEAD: math.floor(1e4 / teams) / 1e4}])
 
     with cluster.on_ray(driver.watcher) as neutral, _stop_on_signal(stop_file, driver.watcher):
@@ -259,8 +259,8 @@ def _tune(
         try:
             tuner.fit()
         except Exception as error:
-            if full(error):
-                raise Failed(full(error)) from None
+            if why := full(error):
+                raise Failed(why) from None
             # Tune knows no retry where Ray ends workers because their machine's memory is full.
             if not isinstance(error.__cause__, ray.exceptions.OutOfMemoryError):
                 raise

@@ -16,7 +16,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,14 +96,12 @@ def save(run: Any, folder: str | Path, state: dict[str, Any], keep: int = 2) -> 
 
 
 @contextlib.contextmanager
-def latest(
-    folder: str | Path, stage: int, damage: Callable[[dict[str, Any]], list[str]]
-) -> Iterator[Saved | None]:
+def latest(folder: str | Path, stage: int, sweep: Path) -> Iterator[Saved | None]:
     """The last whole checkpoint, for `load`; what was fetched or converted is gone afterwards.
 
-    Whole is one whose own files are, and of whose state `damage` (asked by the first worker) finds
-    none elsewhere. Every worker calls it, before it starts its engine. Raises RuntimeError where
-    the checkpoint was written by another ZeRO stage: DeepSpeed knows no way from one to the other.
+    Whole is one whose own files are, and those in the sweep that its state knows ("files"). Every
+    worker calls it, before it starts its engine. Raises RuntimeError where the checkpoint was
+    written by another ZeRO stage: DeepSpeed knows no way from one to the other.
     """
     where, world = _open(folder), dist.get_world_size()
     with tempfile.TemporaryDirectory(prefix="lmsat-") as own:
@@ -115,7 +113,8 @@ def latest(
             state: dict[str, Any] = {}
             if not (bad := sorted({b for part in _gather(bad) for b in part})):
                 state = json.loads((path / "state.json").read_text())
-                bad = _gather(damage(state) if dist.get_rank() == 0 else [])[0]
+                known = state["files"] if dist.get_rank() == 0 else {}
+                bad = _gather(sealed.wrong(sweep, known))[0]
             if not bad:
                 break
             if dist.get_rank() == 0:
@@ -139,8 +138,13 @@ def latest(
 
 
 def load(run: Any, saved: Saved) -> None:
-    """Bring the engine and this worker's generators, where it was there, to the checkpoint."""
-    engine.restore(run, saved.shards, saved.universal)
+    """Bring the engine and this worker's generators, where it was there, to the checkpoint; an
+    engine that cannot be is stopped."""
+    try:
+        engine.restore(run, saved.shards, saved.universal)
+    except BaseException:
+        engine.stop(run)
+        raise
     generators = saved.folder / f"generators-{dist.get_rank()}.json"
     if generators.exists():
         _restore(json.loads(generators.read_text()))

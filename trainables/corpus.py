@@ -198,9 +198,8 @@ def _make(source: dict[str, Any], name: int | str, directory: Path, progress: Pr
         tokenizer.no_padding()
     end = end_of(tokenizer)
     tokenizer.save(str(directory / "tokenizer.json"))
-    vocabulary = 1 + max(
-        tokenizer.get_vocab().values(), default=-1
-    )  # entries, unless ids have holes
+    # As many as entries, unless ids have holes.
+    vocabulary = 1 + max(tokenizer.get_vocab().values(), default=-1)
     if vocabulary > LARGEST:
         raise BadInput(f"tokenizer: {name} has ids beyond {LARGEST:,}")
     counts = {part: {"tokens": 0, "bytes": 0, "documents": 0} for part in ("train", "held_out")}

@@ -4,7 +4,6 @@
 `report` and `should_stop`, and writes its records and checkpoints itself.
 """
 
-import functools
 import math
 import shutil
 import time
@@ -17,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from analysis import atomic, records
+from analysis import atomic
 from trainables import (
     backbones,
     checkpoint,
@@ -131,8 +130,7 @@ def train(
     model = build(trial, text.vocabulary)
     row = describe(trial, model, text)
     place = checkpoint.place(storage, sweep, trial["id"])
-    damage = functools.partial(records.damage, sweep)
-    with checkpoint.latest(place, trial["deepspeed"]["stage"], damage) as saved:
+    with checkpoint.latest(place, trial["deepspeed"]["stage"], sweep) as saved:
         run = engine.start(
             model,
             batch=t["batch"],
@@ -146,12 +144,8 @@ def train(
             universal=saved is not None and saved.universal,
         )
         torch.manual_seed(trial["seed"] + dist.get_rank())  # dropout, where a model has it
-        try:
-            if saved:
-                checkpoint.load(run, saved)
-        except BaseException:
-            engine.stop(run)
-            raise
+        if saved:
+            checkpoint.load(run, saved)
     try:
         steps = schedule.steps(t["tokens"], t["batch"], t["sequence"])
         step_tokens, writes = t["batch"] * t["sequence"], dist.get_rank() == 0
@@ -215,7 +209,7 @@ class _Training:
                 break
             device = self.run.device
             stopping, hurried = engine.any_worker(device, should_stop(), leaving())
-            soon = hurried and step - kept >= max(1, saves // 5)
+            soon = hurried and step - kept >= schedule.hurried(saves)
             if step > first and (step % saves == 0 or stopping or soon):
                 kept = step
                 # First what came before it: whatever a checkpoint knows of is on disk.

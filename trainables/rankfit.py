@@ -5,7 +5,6 @@ same hidden states, with its own engine, learning rate, clipping, checkpoints an
 what it learns does not depend on who else is in the pack.
 """
 
-import functools
 import math
 import time
 from collections.abc import Callable
@@ -17,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from analysis import atomic, records
+from analysis import atomic
 from trainables import (
     checkpoint,
     corpus,
@@ -147,7 +146,7 @@ class _Pack:
                 self._probe([h for h in here if step > h.first or step == 0], step)
             asked, hurried = engine.any_worker(self.device, should_stop(), leaving())
             stopping = asked and step < self.steps
-            soon = hurried and step - kept >= max(1, saved // 5)
+            soon = hurried and step - kept >= schedule.hurried(saved)
             saving = step % saved == 0 or stopping or soon
             kept = step if saving else kept
             for h in here:
@@ -210,8 +209,7 @@ class _Pack:
         svd = self.evaluation.weighted if trial["head"]["init"] == "svd" else None
         heads.start(head, trial["head"]["init"], self.backbone.weight, svd)
         place = checkpoint.place(self.storage, self.sweep, trial["id"])
-        damage = functools.partial(records.damage, self.sweep)
-        with checkpoint.latest(place, trial["deepspeed"]["stage"], damage) as saved:
+        with checkpoint.latest(place, trial["deepspeed"]["stage"], self.sweep) as saved:
             run = engine.start(
                 head.to(self.device),
                 batch=t["batch"],

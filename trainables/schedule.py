@@ -83,3 +83,8 @@ class Falling:
 def every(steps: int, times: int) -> int:
     """The interval, in steps, that divides a run into `times` nearly equal parts."""
     return max(1, math.ceil(steps / max(1, times)))
+
+
+def hurried(interval: int) -> int:
+    """The interval between checkpoints, in steps, while the machine is about to leave."""
+    return max(1, interval // 5)

@@ -16,6 +16,7 @@ from orchestrator import ledger, terminal, tracker, tracking
 from orchestrator.cli import main
 from orchestrator.tracker import Tracker
 from tests.mlserver import Network, Server
+from tests.orchestrator.test_sweep import wait_for
 
 
 class Listener:
@@ -163,10 +164,7 @@ def test_a_server_that_was_away_gets_everything_once_and_nobody_waits(
     server.kill()
     stream.step("across", 2)
     stream.whole("while")
-    deadline = time.monotonic() + 20
-    while not said.lines:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_for(lambda: said.lines, 20)
     stream.step("across", 3)
     server.start()
     stream.step("across", 4)
@@ -201,10 +199,7 @@ def test_a_request_that_arrives_after_it_was_given_up_leaves_no_second_run(
     stream.whole("one")
     network.holding += ["runs/create"]
     stream.begin("two")
-    deadline = time.monotonic() + 20
-    while network.seen.count("/api/2.0/mlflow/runs/create") < 4:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_for(lambda: network.seen.count("/api/2.0/mlflow/runs/create") >= 4, 20)
     network.release.set()
     stream.step("two", 1)
     stream.end("two")
@@ -292,12 +287,9 @@ def test_a_run_that_somebody_deletes_is_made_again(
     stream.begin("one")
     stream.step("one", 1)
     client = MlflowClient(server.uri)
-    deadline = time.monotonic() + 20
-    while not (experiment := client.get_experiment_by_name(sweep.name)) or not (
-        found := client.search_runs([experiment.experiment_id], "attributes.run_name = 'nano one'")
-    ):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    named = "attributes.run_name = 'nano one'"
+    experiment = wait_for(lambda: client.get_experiment_by_name(sweep.name), 20)
+    found = wait_for(lambda: client.search_runs([experiment.experiment_id], named), 20)
     client.delete_run(found[0].info.run_id)
     stream.step("one", 2)
     stream.end("one")

@@ -253,7 +253,7 @@ def _draw(folder: Path, drawn: Path, biases: int) -> None:
     """The next random number of each worker: after a checkpoint, or from its own seed."""
     engine.join(1, gpu=False)
     rank, world = dist.get_rank(), dist.get_world_size()
-    with checkpoint.latest(folder, 1, lambda state: []) as saved:
+    with checkpoint.latest(folder, 1, drawn) as saved:
         universal = saved is not None and saved.universal
         run = engine.start(_Square(biases), 6, None, 0.1, 0.1, 1.0, "fp32", 1, universal=universal)
         torch.manual_seed(7 + rank)
@@ -262,7 +262,7 @@ def _draw(folder: Path, drawn: Path, biases: int) -> None:
         else:
             run.backward(run(torch.rand(3, 8)))
             run.step()
-            checkpoint.save(run, folder, {"step": 1})
+            checkpoint.save(run, folder, {"step": 1, "files": {}})
     (drawn / f"{rank} of {world}").write_text(str(torch.rand(1).item()))
 
 
