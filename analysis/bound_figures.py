@@ -7,7 +7,7 @@ import polars as pl
 import torch
 
 from analysis import atomic, records, spectrum
-from analysis.figures import PAPER, STYLES
+from analysis.chart import PAPER, STYLES, Axis, Chart, Panel, points
 from analysis.ranks import Fitted
 
 if TYPE_CHECKING:
@@ -84,44 +84,37 @@ def w_errors(sweep: Path, fitted: Fitted) -> pl.DataFrame:
     return trained.join(own, on="rank").sort("family", "rank")
 
 
-def w_error(fitted: Fitted, points: pl.DataFrame, path: Path) -> Path:
+def w_error(fitted: Fitted, found: pl.DataFrame, paper: bool = True) -> Chart:
     """Figure 8: loss of trained heads against W-error of the model's own, and their gap to full
-    rank, which the paper's readings (pale) can be compared with. `points`: of `w_errors`."""
-    return _write(_w_error(fitted, points), path)
-
-
-def _w_error(fitted: Fitted, points: pl.DataFrame) -> "Figure":
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9.6, 4.4), layout="constrained")
-    loss, gap = figure.subplots(1, 2)
-    for i, ((name,), line) in enumerate(points.group_by("family", maintain_order=True)):
-        colour, marker = STYLES[i % len(STYLES)]
-        style = {"label": str(name), "color": colour, "marker": marker, "capsize": 2}
-        x, ends = line["w_error"], (line["gap"] - line["low"], line["high"] - line["gap"])
-        loss.errorbar(x, line["loss"], line["stderr"], **style)
-        gap.errorbar(x, line["gap"], [end.clip(0) for end in ends], **style)
-    longest = points.filter(pl.col("w_error") > 0, family=points["family"].mode().sort()[0])
-    for rank, *at in longest.select("rank", "w_error", "loss").rows():
-        loss.annotate(
-            f"r = {rank}", at, (-4, 4), textcoords="offset points", fontsize="x-small", ha="right"
-        )
-    own = fitted.heads.filter(family="own")["loss"][0]
-    loss.axhline(own, color="0.2", linestyle="--", label="the model's own head")
-    paper = pl.read_csv(PAPER / "werror_loss.csv", comment_prefix="#")
-    pale = {"color": "0.75", "zorder": 0, "label": "Pythia-1B, read off the paper's Figure 8"}
-    loss.plot(paper["w_error"], paper["loss"], **pale)
-    gap.plot(paper["w_error"], paper["loss"] - paper["loss"][0], **pale)
-    for axes, label in ((loss, "loss (nats per token)"), (gap, "gap to rank d (nats per token)")):
-        axes.set_xlabel("W-error(r) of the model's own head")
-        axes.set_ylabel(label)
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(
-        *loss.get_legend_handles_labels(),
-        loc="outside lower center", ncols=4, frameon=False, fontsize="small",
+    rank, which the paper's readings (pale) can be compared with. `found`: of `w_errors`."""
+    error = 1.96 * pl.col("stderr")
+    common = {"series": "family", "x": "w_error", "label": pl.format("r = {}", "rank")}
+    low, high = pl.col("loss") - error, pl.col("loss") + error
+    own = fitted.heads.filter(family="own").head(1)
+    made = [
+        points(found, "line", "loss", **common, y="loss", low=low, high=high),
+        points(found, "line", "gap", **common, y="gap", low="low", high="high"),
+        points(own, "level", "loss", series=pl.lit("the model's own head"), y="loss"),
+    ]
+    if paper:
+        read = pl.read_csv(PAPER / "werror_loss.csv", comment_prefix="#")
+        pale = {"series": pl.lit("Pythia-1B, paper"), "x": "w_error"}
+        made += [
+            points(read, "paper", "loss", **pale, y="loss"),
+            points(read, "paper", "gap", **pale, y=pl.col("loss") - pl.col("loss").first()),
+        ]
+    across = Axis("W-error(r) of the model's own head")
+    return Chart(
+        f"werror_{fitted.name}", f"Loss against W-error, heads on {fitted.name}",
+        "What rank r leaves of the model's own head, and what a trained head of that rank costs; "
+        "intervals as above. After Godey et al. 2024, section 5.2, Figure 8."
+        + (" Grey: read off it." if paper else ""),
+        (
+            Panel("loss", across, Axis("loss (nats per token)")),
+            Panel("gap", across, Axis("gap to rank d (nats per token)")),
+        ),
+        pl.concat(made), "Figure 8",
     )  # fmt: skip
-    figure.suptitle(f"Heads on {fitted.name}, frozen", fontsize="medium")
-    return figure
 
 
 def _write(figure: "Figure", path: Path) -> Path:

@@ -1,7 +1,7 @@
 """Series of checkpoints, from anyone's table or from records: what an onset is looked for in."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -202,12 +202,14 @@ def _stderr(
     return found / 100 if in_percent else found
 
 
-def of_records(directory: Path) -> list[Curve]:
-    """The series of a sweep, or of what was probed: held-out and seen loss with their blocks,
-    singular entropy of the head as it is and functional, anisotropy of the last layer, tasks."""
-    trials = records.scan(directory, "trials").sort("name").collect()
-    scalars = records.scan(directory, "scalars").sort("step").collect()
-    blocks = records.scan(directory, "blocks").sort("step").collect()
+def of_records(directory: Path, ids: Sequence[str] | None = None) -> list[Curve]:
+    """The series of a sweep, or of what was probed, or of these trials of it: held-out and seen
+    loss with their blocks, singular entropy of the head as it is and functional, anisotropy of the
+    last layer, tasks."""
+    kept = pl.lit(True) if ids is None else pl.col("trial").is_in(list(ids))
+    trials = records.scan(directory, "trials").filter(kept).sort("name").collect()
+    scalars = records.scan(directory, "scalars").filter(kept).sort("step").collect()
+    blocks = records.scan(directory, "blocks").filter(kept).sort("step").collect()
     found = []
     for row in trials.iter_rows(named=True):
         named = {"N": "params", "d": "d", "V": "vocabulary"}

@@ -7,14 +7,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import polars as pl
 
-from analysis import atomic, dimensions, growth
+from analysis import atomic, chart, dimensions, growth, printed
+from analysis.chart import DASHES as LINES
+from analysis.chart import PAPER, STYLES, Axis, Chart, Panel, points
 from analysis.errors import BadInput
-from analysis.figures import PAPER, STYLES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-LINES = ("-", "--", "-.", ":")
 
 
 def draw(directory: Path, paper: bool = False) -> list[Path]:
@@ -23,7 +22,7 @@ def draw(directory: Path, paper: bool = False) -> list[Path]:
     drawn = []
     errors = dimensions.curves(directory, "w_errors")
     if not errors.is_empty():
-        drawn.append(w_error(errors, report / "w_error.png", paper))
+        drawn += printed.write(w_error(errors, paper), report / "w_error", ("png",))
         drawn.append(grown(dimensions.samples(directory), report / "growth.png"))
     ranks = dimensions.curves(directory, "softmax")
     if not ranks.is_empty():
@@ -31,42 +30,23 @@ def draw(directory: Path, paper: bool = False) -> list[Path]:
     return drawn
 
 
-def w_error(errors: pl.DataFrame, path: Path, paper: bool = False) -> Path:
-    """W-error against d, a colour for each text and a dash for each estimate, pale where singular
-    values are estimated; the paper's readings (Figure 7) grey behind. `errors`:
-    dimensions.curves."""
-    figure, axes = _figure()
-    texts = errors.select("corpus", "tokenizer", "n").unique(maintain_order=True).rows()
-    estimates = errors["estimate"].unique(maintain_order=True).to_list()
-    for (name,), line in errors.group_by("name", maintain_order=True):
-        corpus, tokenizer, n, estimate = line.select("corpus", "tokenizer", "n", "estimate").row(0)
-        colour, marker = STYLES[texts.index((corpus, tokenizer, n)) % len(STYLES)]
-        style: dict[str, Any] = {
-            "color": colour,
-            "linestyle": LINES[estimates.index(estimate) % len(LINES)],
-        }
-        exact = line.filter("exact")
-        rest = line.filter(pl.col("d") >= (exact["d"].max() or 0))
-        axes.plot(exact["d"], exact["w_error"], label=name, **style)
-        axes.plot(rest["d"], rest["w_error"], alpha=0.4, **style)
-        marked = line.filter(pl.col("d").is_in([500, 1000, 2000, 4000, 8000, 12000]))
-        axes.plot(marked["d"], marked["w_error"], marker, color=colour, markersize=4)
+def w_error(errors: pl.DataFrame, paper: bool = False) -> Chart:
+    """Figure 7: W-error against d. `errors`: dimensions.curves."""
+    kept, told = chart.some(errors, "name")
+    exact = pl.when("exact").then(pl.lit("exact")).otherwise(pl.lit("estimated"))
+    own = points(kept, "line", series="name", x="d", y="w_error", label=exact)
     if paper:
-        readings = pl.read_csv(PAPER / "w_error.csv", comment_prefix="#")
-        greys = {"pythia": ("0.7", "Pythia's"), "llama2": ("0.85", "Llama 2's")}
-        for (tokenizer, _), line in readings.group_by("tokenizer", "corpus", maintain_order=True):
-            grey, whose = greys[str(tokenizer)]
-            label = f"the paper's texts, {whose} tokenizer"
-            known = label in axes.get_legend_handles_labels()[1]
-            axes.plot(
-                line["d"], line["w_error"], color=grey, linewidth=1, zorder=0,
-                label=None if known else label,
-            )  # fmt: skip
-    axes.set_xlim(0, 16_000 if paper else None)
-    axes.set_ylim(0, 1)
-    axes.set_xlabel("dimensions d")
-    axes.set_ylabel("W-error(d)")
-    return _write(figure, axes, path)
+        read = pl.read_csv(PAPER / "w_error.csv", comment_prefix="#")
+        whose = pl.format("{}, {}", "corpus", "tokenizer")
+        own = pl.concat([points(read, "paper", series=whose, x="d", y="w_error"), own])
+    return Chart(
+        "w_error", "W-error of n-gram models",
+        "What d dimensions leave of the distributions of the next token, counted, by corpus, "
+        f"tokenizer, n and estimate.{told} W-error is no softmax rank: docs/dimension.md. After "
+        "Godey et al. 2024, section 5.2, Figure 7."
+        + (" Grey: read off it." if paper else ""),
+        (Panel("", Axis("dimensions d"), Axis("W-error(d)")),), own, "Figure 7",
+    )  # fmt: skip
 
 
 def grown(samples: pl.DataFrame, path: Path) -> Path:

@@ -1,116 +1,104 @@
-"""Figures for print: colour-blind safe, told apart without colour too."""
-
-from pathlib import Path
+"""Loss against head rank, of models trained with it and of heads on frozen backbones."""
 
 import polars as pl
 
-from analysis import atomic, tables
-from analysis.ranks import Fitted
+from analysis import chart, tables
+from analysis.chart import PAPER, Axis, Chart, Panel, points
+from analysis.ranks import LEVEL, Fitted
 
-PAPER = Path(__file__).parent / "paper"
-
-# Okabe and Ito's colours; each with a marker of its own.
-STYLES = list(
-    zip(
-        ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"],
-        ["o", "s", "^", "D", "v", "P", "X"],
-        strict=True,
-    )
-)
+HEADS = "Godey et al. 2024, section 5.1, Figures 6 and 9"
 
 
-def loss_vs_rank(losses: pl.DataFrame, path: Path) -> Path:
-    """Held-out loss against head rank, a line for each series (mean over seeds), bars
-    of one standard error; full heads stand apart on the right. `losses`: `tables.final_losses`."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
-    axes = figure.add_subplot()
+def loss_vs_rank(losses: pl.DataFrame) -> Chart:
+    """Held-out loss against head rank, a line for each series (mean over seeds); full heads stand
+    apart on the right. `losses`: `tables.final_losses`."""
     ranks = sorted(losses["rank"].drop_nulls().unique().to_list())
     full = 2 * ranks[-1] if ranks else 1
     means = losses.group_by("series", "rank", maintain_order=True).agg(
-        pl.col("loss").mean(), pl.col("stderr").pow(2).mean().sqrt()
+        pl.col("loss").mean(),
+        pl.col("stderr").pow(2).mean().sqrt(),  # blocks are the same for all seeds
+        seeds=pl.len(),
     )
-    for i, (name, line) in enumerate(means.group_by("series", maintain_order=True)):
-        colour, marker = STYLES[i % len(STYLES)]
-        x = line["rank"].fill_null(full)
-        axes.errorbar(
-            x, line["loss"], line["stderr"], label=name[0], color=colour, marker=marker, capsize=2
-        )
-    axes.axhline(
-        tables.unigram_loss(losses), color="0.5", linestyle=":", label="unigram cross-entropy"
-    )
-    axes.set_xscale("log", base=2)
-    axes.set_xticks([*ranks, full], [*map(str, ranks), "full"])
-    axes.minorticks_off()
-    axes.set_xlabel("head rank r")
-    axes.set_ylabel("held-out loss (nats per token)")
-    axes.legend(frameon=False, fontsize="small")
-    axes.spines[["top", "right"]].set_visible(False)
-    atomic.write(path, lambda partial: figure.savefig(partial, format="png", dpi=150))
-    return path
+    kept, told = chart.some(means, "series")
+    rank = pl.col("rank").fill_null(full)
+    own = points(
+        kept.with_columns(at=rank), "line", series="series", x="at", y="loss",
+        low=pl.col("loss") - 1.96 * pl.col("stderr"), high=pl.col("loss") + 1.96 * pl.col("stderr"),
+        label=pl.format("{}", pl.col("rank").cast(pl.String).fill_null("full")),
+    )  # fmt: skip
+    unigram = pl.DataFrame({"y": [tables.unigram_loss(losses)]})
+    own = pl.concat([points(unigram, "level", series=pl.lit("unigram cross-entropy"), y="y"), own])
+    ticks = {float(r): str(r) for r in ranks} | {float(full): "full"}
+    fewest, most = means.select(least=pl.col("seeds").min(), most=pl.col("seeds").max()).row(0)
+    seeds = f"{most}" if fewest == most else f"{fewest} to {most}"
+    return Chart(
+        "loss_vs_rank", "Held-out loss by head rank, trained from scratch",
+        f"Each point a model trained with a head of that rank; means over {seeds} "
+        f"seed{'' if most == 1 else 's'}, 95 % intervals over blocks of held-out text.{told} The "
+        "paper has heads on frozen models only (Figure 6).",
+        (Panel("", Axis("head rank r", True, ticks), Axis("held-out loss (nats per token)")),), own,
+    )  # fmt: skip
 
 
-def ranks(fitted: Fitted, path: Path) -> Path:
-    """Heads on a frozen backbone in the form of the paper's Figures 6 and 9: loss, accuracy, gap to
-    full rank (beside the paper's own readings, pale) and chosen learning rate against rank."""
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import LogLocator, ScalarFormatter
+def ranks(fitted: Fitted, paper: bool = True) -> Chart:
+    """Figures 6 and 9: loss, accuracy, gap to full rank and chosen learning rate against rank, the
+    paper's own gaps and rates pale."""
+    heads = fitted.heads.with_columns(percent=100 * pl.col("accuracy"))
+    known = heads.filter(pl.col("rank").is_not_null())
+    common = {"series": "family", "x": "rank"}
+    error = 1.96 * pl.col("stderr")
+    low, high = pl.col("loss") - error, pl.col("loss") + error
+    rates = known.with_columns(lr=pl.col("lr").cast(pl.Float64)).drop_nulls("lr")
+    edge = pl.when(pl.col("edge")).then(pl.lit("the lowest or highest rate tried"))
+    found = [
+        points(known, "line", "loss", **common, y="loss", low=low, high=high),
+        points(known, "line", "accuracy", **common, y="percent"),
+        points(known, "line", "gap", **common, y="gap", low="low", high="high"),
+        points(rates, "line", "rate", **common, y="lr", label=edge),
+    ]
+    whole = heads.filter(pl.col("rank").is_null()).with_columns(
+        name=pl.when(pl.col("family") == "own")
+        .then(pl.lit("the model's own head"))
+        .otherwise("full, " + pl.col("family"))
+    )
+    unigram = pl.DataFrame({"name": "unigram cross-entropy", "loss": fitted.unigram})
+    found += [
+        points(whole, "level", "loss", series="name", y="loss"),
+        points(unigram, "level", "loss", series="name", y="loss"),
+        points(whole, "level", "accuracy", series="name", y="percent"),
+    ]
+    if paper:
+        read = pl.read_csv(PAPER / "heads.csv", comment_prefix="#")
+        last = pl.col("loss").filter(pl.col("rank") == pl.col("rank").max()).first()
+        read = read.with_columns(gap=pl.col("loss") - last.over("model"))
+        theirs = {"series": pl.format("{}, paper", "model"), "x": "rank"}
+        found += [
+            points(read, "paper", "gap", **theirs, y="gap"),
+            points(read, "paper", "rate", **theirs, y="lr"),
+        ]
+    seeds, d = known.select(pl.col("seeds").max(), pl.col("d").max()).row(0)
+    rank = Axis("head rank r", True, {float(r): str(r) for r in _ticks(known["rank"].unique())})
+    return Chart(
+        f"ranks_{fitted.name}", f"Heads on {fitted.name}, frozen",
+        f"Heads of each rank on one frozen backbone (d = {d}), the rate of each chosen on other "
+        f"text; {seeds} seed{'' if seeds == 1 else 's'}. Loss with 95 % intervals over blocks; the "
+        f"gap to a factored head of rank d paired by block, {100 * LEVEL:.0f} % intervals over "
+        f"blocks, seeds and choice of rate. After {HEADS}."
+        + (" Grey: read off these figures." if paper else ""),
+        (
+            Panel("loss", rank, Axis("loss (nats per token)")),
+            Panel("accuracy", rank, Axis("accuracy (%)")),
+            Panel("gap", rank, Axis("gap to rank d (nats per token)")),
+            Panel("rate", rank, Axis("chosen peak learning rate", log=True)),
+        ),
+        pl.concat(found), "Figures 6 and 9",
+    )  # fmt: skip
 
-    figure = Figure(figsize=(9.6, 7.2), layout="constrained")
-    (loss, accuracy), (gap, rate) = figure.subplots(2, 2)
-    known = fitted.heads.filter(pl.col("rank").is_not_null())
-    for i, (name, line) in enumerate(known.group_by("family", maintain_order=True)):
-        colour, marker = STYLES[i % len(STYLES)]
-        style = {"label": str(name[0]), "color": colour, "marker": marker}
-        x, low, high = line["rank"], line["gap"] - line["low"], line["high"] - line["gap"]
-        loss.errorbar(x, line["loss"], line["stderr"], capsize=2, **style)
-        accuracy.plot(x, 100 * line["accuracy"], **style)
-        gap.errorbar(x, line["gap"], [low.clip(0), high.clip(0)], capsize=2, **style)
-        if line["lr"].null_count() == 0:
-            rate.plot(x, line["lr"], **style)
-    for i, (name, line) in enumerate(
-        fitted.heads.filter(pl.col("rank").is_null()).group_by("family", maintain_order=True)
-    ):
-        label = "the model's own head" if name[0] == "own" else f"full, {name[0]}"
-        style = {"label": label, "color": "0.2", "linestyle": ("--", "-.", ":")[i % 3]}
-        loss.axhline(line["loss"][0], **style)
-        accuracy.axhline(100 * line["accuracy"][0], **style)
-    loss.axhline(fitted.unigram, color="0.6", linestyle=":", label="unigram cross-entropy")
-    paper = pl.read_csv(PAPER / "heads.csv", comment_prefix="#")
-    for (name,), line in paper.group_by("model", maintain_order=True):
-        full = line.filter(pl.col("rank") == pl.col("rank").max())["loss"][0]
-        pale = {"color": "0.8", "zorder": 0, "linewidth": 1}
-        gap.plot(line["rank"], line["loss"] - full, **pale)
-        at = (line["rank"][-2], line["loss"][-2] - full)
-        gap.annotate(
-            f"{name}, paper", at, color="0.5", fontsize="x-small", rotation=90, va="top", ha="right"
-        )
-        rate.plot(line["rank"], line["lr"], **pale)
-    labels = (
-        "loss (nats per token)",
-        "accuracy (%)",
-        "gap to rank d (nats per token)",
-        "chosen peak learning rate",
-    )
-    for axes, label in zip((loss, accuracy, gap, rate), labels, strict=True):
-        axes.set_xscale("log", base=2)
-        axes.xaxis.set_major_locator(LogLocator(base=2, numticks=20))
-        axes.xaxis.set_major_formatter(ScalarFormatter())
-        axes.minorticks_off()
-        axes.tick_params(axis="x", labelsize="small")
-        axes.set_xlabel("head rank r")
-        axes.set_ylabel(label)
-        axes.spines[["top", "right"]].set_visible(False)
-    gap.set_yscale("symlog", linthresh=0.01)
-    rate.set_yscale("log")
-    figure.legend(
-        *loss.get_legend_handles_labels(),
-        loc="outside lower center",
-        ncols=5,
-        frameon=False,
-        fontsize="small",
-    )
-    figure.suptitle(f"Heads on {fitted.name}, frozen", fontsize="medium")
-    atomic.write(path, lambda partial: figure.savefig(partial, format="png", dpi=150))
-    return path
+
+def _ticks(ranks: pl.Series) -> list[int]:
+    """Those nearly a factor of two apart, so that they can be read."""
+    kept: list[int] = []
+    for rank in sorted(ranks, reverse=True):
+        if not kept or kept[-1] > 1.8 * rank:
+            kept.append(rank)
+    return kept[::-1]

@@ -7,7 +7,7 @@ import numpy as np
 import polars as pl
 
 from analysis import atomic, powerlaw
-from analysis.figures import STYLES
+from analysis.chart import STYLES
 from analysis.powerlaw import Draws, Fit
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from analysis import atomic
-from analysis.figures import STYLES
+from analysis.chart import STYLES
 from analysis.onsets import Verdict
 
 if TYPE_CHECKING:

@@ -167,14 +167,14 @@ class _Draws:
     def __init__(self, done: pl.DataFrame, blocks: pl.DataFrame) -> None:
         rng = np.random.default_rng(0)
         self.seeds = sorted(done["seed"].drop_nulls().unique().to_list()) or [None]
-        self.counts = _counts(rng, len(self.seeds))
+        self.counts = counts(rng, len(self.seeds))
         self.means: dict[str, dict[str, Array]] = {}
         for split in ("selection", "held_out"):
             table = blocks.filter(
                 (pl.col("split") == split) & pl.col("trial").is_in(done["trial"].to_list())
             ).pivot("block", index="trial", values="loss", sort_columns=True)
             matrix = table.drop("trial").to_numpy()
-            shares = _counts(rng, matrix.shape[1]) / matrix.shape[1]
+            shares = counts(rng, matrix.shape[1]) / matrix.shape[1]
             self.means[split] = dict(zip(table["trial"], matrix @ shares.T, strict=True))
 
     def losses(self, trials: pl.DataFrame) -> Array | None:
@@ -211,7 +211,7 @@ class _Draws:
         }
 
 
-def _counts(rng: np.random.Generator, n: int) -> Array:
+def counts(rng: np.random.Generator, n: int) -> Array:
     """(draws + 1) x n: how often each of n is drawn; the first row all ones."""
     drawn = rng.multinomial(n, np.full(n, 1 / n), size=DRAWS)
     return np.vstack([np.ones(n), drawn])

@@ -1,83 +1,103 @@
-"""What happens inside models while they train, in the form of Figures 2 to 5 of Godey et al. 2024
+"""What happens inside models while they train, in the form of Figures 1a to 5 of Godey et al. 2024
 (arXiv 2404.07647), a series for each trial. `paper` adds readings off the paper's own figures.
 
-Each figure is written as `path`.png and `path`.svg; where the records hold nothing for it, not at
-all. Of very many series the first by name are drawn. Step 0 is left out of logarithmic axes.
+Where the records hold nothing for a figure there is none. Step 0 is left out of logarithmic axes.
 """
 
+import math
 import re
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import polars as pl
 
-from analysis import atomic, records
-from analysis.figures import PAPER, STYLES
+from analysis import chart, printed, records
+from analysis.chart import PANELS, PAPER, Axis, Chart, Panel, points
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-MOST, PANELS = 100, 8  # series of a figure; where each has a panel of its own
 INDICES = 100  # of a spectrum, that the paper shows
 SPECTRA = ("pythia-14m", "pythia-410m")  # of the paper: one that saturates, one that does not
-LINES = ("-", "--", ":", "-.")
-NOTE = {"fontsize": "small", "color": "0.4", "loc": "right"}
+TOKENS = 2_097_152  # a step of Pythia's
+STEP = Axis("training step", log=True)
 
-
-def anisotropy_by_depth(directory: Path, path: Path, paper: bool = False) -> list[Path]:
-    """Figure 2: mean cosine in each layer, at the last step at which it was measured."""
-    return _write(layers_figure, layers(directory), path, paper)
-
-
-def perplexity(directory: Path, path: Path, paper: bool = False) -> list[Path]:
-    """Figure 3: held-out perplexity (per token) along training, coloured by anisotropy."""
-    return _write(perplexity_figure, perplexities(directory), path, paper)
-
-
-def spectrum_heatmap(directory: Path, path: Path, paper: bool = False) -> list[Path]:
-    """Figure 4: the head's singular values over the largest of them, along training."""
-    return _write(spectra_figure, spectra(directory), path, paper, PANELS)
-
-
-def singular_entropy(directory: Path, path: Path, paper: bool = False) -> list[Path]:
-    """Figure 5: singular entropy of the head (nats) along training."""
-    return _write(entropy_figure, entropies(directory), path, paper)
+Table = Callable[[Path], pl.DataFrame]
 
 
 def draw(directory: Path, paper: bool = False) -> list[Path]:
-    """All four into `directory`/report, as far as there is something to draw."""
-    every = (anisotropy_by_depth, perplexity, spectrum_heatmap, singular_entropy)
+    """All of them into `directory`/report, as PNG and SVG."""
     report = directory / "report"
-    return [file for f in every for file in f(directory, report / f.__name__, paper)]
+    drawn = [printed.write(c, report / c.name, ("png", "svg")) for c in charts([directory], paper)]
+    return [file for files in drawn for file in files]
+
+
+def charts(directories: Sequence[Path], paper: bool = False) -> list[Chart]:
+    """As far as there is something to draw; of several directories together."""
+    made = (
+        (losses, losses_chart),
+        (layers, layers_chart),
+        (perplexities, perplexity_chart),
+        (spectra, spectra_chart),
+        (entropies, entropy_chart),
+    )
+    names = [name for d, _ in named(directories, _series) for name in d["name"]]
+    found = []
+    for table, make in made:
+        frames = [frame for frame, _ in named(directories, table)]
+        frame = pl.concat(frames) if frames else pl.DataFrame()
+        if not frame.is_empty():
+            found.append(make(frame, tuple(dict.fromkeys(names)), paper))
+    return found
+
+
+def named(directories: Sequence[Path], table: Table) -> list[tuple[pl.DataFrame, Path]]:
+    """A table of each directory that has it, series by name; of several the directory's name goes
+    first."""
+    found = []
+    for directory in directories:
+        frame = table(directory)
+        if frame.is_empty():
+            continue
+        if len(directories) > 1:
+            whose = pl.lit(f"{directory.name}: ")
+            frame = frame.with_columns(name=pl.concat_str(whose, pl.col("name")))
+        found.append((frame, directory))
+    return found
+
+
+def losses(directory: Path) -> pl.DataFrame:
+    """Name, step, held-out loss (nats per token), its stderr, and FLOPs (6 N D) where the tokens
+    trained on are known: those of the text, not of measuring."""
+    found = _scalar(directory, "loss", "held_out").filter(
+        pl.col("step") > 0, pl.col("value").is_finite()
+    )
+    flops = 6 * pl.col("params").cast(pl.Float64) * pl.col("tokens")
+    shown = found.with_columns(flops=flops).sort("series", "step")
+    return shown.select("name", "step", "flops", loss="value", stderr="stderr")
 
 
 def layers(directory: Path) -> pl.DataFrame:
-    """Series, name, depth (0 the embedding, 1 the last layer) and anisotropy (mean cosine)."""
+    """Name, depth (0 the embedding, 1 the last layer) and anisotropy (mean cosine)."""
     count = pl.col("layer").max().over("series") + 1
     depth = pl.when(pl.col("layer") < 0).then(1.0).otherwise(pl.col("layer") / count)
     found = _scalar(directory, "anisotropy", "held_out").with_columns(depth=depth)
     last = pl.col("step") == pl.col("step").max().over("series")
     shown = found.filter(pl.col("value").is_finite()).filter(last).sort("series", "depth")
-    return shown.select("series", "name", "depth", anisotropy="value")
+    return shown.select("name", "depth", anisotropy="value")
 
 
 def perplexities(directory: Path) -> pl.DataFrame:
-    """Series, name, step, held-out perplexity (per token) and the last layer's anisotropy, null
+    """Name, step, held-out perplexity (per token) and the last layer's anisotropy, null
     where that was not measured."""
     loss = _scalar(directory, "loss", "held_out").with_columns(perplexity=pl.col("value").exp())
     cosine = _scalar(directory, "anisotropy", "held_out").filter(layer=-1)
     cosine = cosine.select("series", "step", anisotropy=pl.col("value").fill_nan(None))
     shown = loss.filter(pl.col("step") > 0, pl.col("perplexity").is_finite())
     shown = shown.join(cosine, on=["series", "step"], how="left").sort("series", "step")
-    return shown.select("series", "name", "step", "perplexity", "anisotropy")
+    return shown.select("name", "step", "perplexity", "anisotropy")
 
 
 def spectra(directory: Path) -> pl.DataFrame:
-    """Series, name, step, index (1 to 100) and ratio to the head's largest singular value."""
+    """Name, step, index (1 to 100) and ratio to the head's largest singular value."""
     sigma = records.scan(directory, "spectra").filter(
         pl.col("matrix") == "head", pl.col("step") > 0, pl.col("index") <= INDICES
     )
@@ -86,15 +106,15 @@ def spectra(directory: Path) -> pl.DataFrame:
         pl.col("index") > 0, pl.col("ratio").is_finite()
     )
     shown = ratios.collect().join(_series(directory), on="trial").sort("series", "step", "index")
-    return shown.select("series", "name", "step", "index", "ratio")
+    return shown.select("name", "step", "index", "ratio")
 
 
 def entropies(directory: Path) -> pl.DataFrame:
-    """Series, name, step and singular entropy (nats), where a logarithm can show it."""
+    """Name, step and singular entropy (nats), where a logarithm can show it."""
     shown = _scalar(directory, "singular_entropy", "").filter(
         pl.col("step") > 0, pl.col("value").is_finite(), pl.col("value") > 0
     )
-    return shown.sort("series", "step").select("series", "name", "step", entropy="value")
+    return shown.sort("series", "step").select("name", "step", entropy="value")
 
 
 def readings(name: str) -> pl.DataFrame:
@@ -112,109 +132,135 @@ def filled(spectrum: pl.DataFrame, indices: Sequence[int]) -> tuple[np.ndarray, 
     return steps, np.exp(y[:, left] * (1 - share) + y[:, left + 1] * share)
 
 
-def layers_figure(frame: pl.DataFrame, paper: bool = False) -> "Figure":
-    """Draw `layers`, and the paper's last layers as grey bars beside them."""
-    figure, (axes,) = _figure(5.2, 3.4)
-    for style, line in _lines(frame):
-        axes.plot(line["depth"], line["anisotropy"], markersize=4, **style)
-    lowest = min(0.0, *frame["anisotropy"])
-    axes.set(xlim=(-0.04, 1.07 if paper else 1.04), ylim=(lowest - 0.03, 1.03))
+def losses_chart(frame: pl.DataFrame, names: tuple[str, ...], paper: bool = False) -> Chart:
+    """Figure 1a of `losses`, against FLOPs where they are known of all, else steps; from the step
+    on at which one of them comes within ln 3 of the worst final one."""
+    flops = frame["flops"].null_count() == 0
+    x = "flops" if flops else "step"
+    final = pl.col("loss").last().over("name").max() + math.log(3)
+    near = pl.col("step").filter(pl.col("loss") <= final).min()
+    kept, told = chart.some(frame.filter(pl.col("step") >= near), "name")
+    stderr = pl.col("stderr")
+    own = points(
+        kept, "line", series="name", x=x, y="loss",
+        low=pl.col("loss") - 1.96 * stderr, high=pl.col("loss") + 1.96 * stderr,
+    )  # fmt: skip
     if paper:
-        ends = []
-        for models, low, high in readings("anisotropy").iter_rows():
-            middle, half = (low + high) / 2, max((high - low) / 2, 0.004)
-            bar = (middle - half, middle + half)
-            axes.fill_between([1.03, 1.07], *bar, color="0.5", alpha=0.5, linewidth=0)
-            ends.append((models, 1.07, middle))
-        axes.set_title("grey: last layers, read off the paper's Figure 2", **NOTE)
-        _name_ends(axes, ends)
-    axes.set(xlabel="depth (0: embedding, 1: last layer)", ylabel="mean cosine of hidden states")
-    _legend(figure, axes)
-    return figure
+        sizes = pl.read_csv(PAPER / "law.csv", comment_prefix="#").select("model", "params")
+        read = readings("losses").join(
+            sizes.unique(), on="model", how="left", maintain_order="left"
+        )
+        read = read.with_columns(flops=6.0 * pl.col("params") * pl.col("step") * TOKENS)
+        own = pl.concat([points(read, "paper", series="model", x=x, y="loss"), own])
+    axis = Axis("training FLOPs (6 N D)", log=True) if flops else STEP
+    return Chart(
+        "loss_along_training", "Held-out loss along training",
+        "Nats per token of held-out text, with 95 % intervals over its blocks, a line for each "
+        f"model.{told} After Godey et al. 2024, Figure 1a.{_grey(paper, '1a')}",
+        (Panel("", axis, Axis("held-out loss (nats per token)")),), own, "Figure 1a", styled=names,
+    )  # fmt: skip
 
 
-def perplexity_figure(frame: pl.DataFrame, paper: bool = False) -> "Figure":
-    """Draw `perplexities` from the step on at which one of them comes within a factor of three of
-    the worst final one; and the paper's in a panel of their own, as they count words."""
-    from matplotlib.cm import ScalarMappable
-    from matplotlib.colors import Normalize
-
-    panels = [("held-out perplexity (per token)", "", frame)]
+def layers_chart(frame: pl.DataFrame, names: tuple[str, ...], paper: bool = False) -> Chart:
+    """Figure 2 of `layers`; the paper's last layers as grey bars beside them."""
+    kept, told = chart.some(frame, "name")
+    own = points(kept, "line", series="name", x="depth", y="anisotropy")
     if paper:
-        pythia = readings("perplexity").with_columns(series=pl.col("model").rle_id(), name="model")
-        panels.append(("WikiText perplexity (per word)", "read off the paper's Figure 3", pythia))
-    figure, grid = _figure(5.2, 3.6, len(panels))
-    scale = ScalarMappable(Normalize(0, 1), "viridis")
-    scale.cmap = scale.cmap.with_extremes(bad="0.85")  # where anisotropy was not measured
-    colours = {"cmap": scale.cmap, "norm": scale.norm, "plotnonfinite": True}
-    final = pl.col("perplexity").last().over("series")
-    start = pl.col("step").filter(pl.col("perplexity") <= 3 * final.max()).min()
-    for axes, (label, note, panel) in zip(grid, panels, strict=True):
-        ends = []
-        for style, line in _lines(panel.filter(pl.col("step") >= start)):
-            x, y, cosine = line["step"], line["perplexity"], line["anisotropy"].fill_null(np.nan)
-            axes.plot(x, y, color="0.6", linewidth=0.8, linestyle=style["linestyle"], zorder=1)
-            rim = {"marker": style["marker"], "edgecolors": "0.25", "linewidths": 0.3}
-            axes.scatter(x, y, 18, cosine, **rim, **colours)
-            ends.append((style["label"], x[-1], y[-1]))
-        _log(axes, "xy")
-        _name_ends(axes, ends)
-        axes.set(xlabel="training step", ylabel=label)
-        axes.set_title(note, **NOTE)
-    figure.colorbar(scale, ax=grid, label="mean cosine of last hidden states", aspect=30)
-    return figure
+        read = readings("anisotropy")
+        middle = (pl.col("low") + pl.col("high")) / 2
+        half = pl.max_horizontal((pl.col("high") - pl.col("low")) / 2, 0.004)
+        bars = points(
+            read, "paper", series="models", x=pl.lit(1.05), y=middle,
+            low=middle - half, high=middle + half,
+        )  # fmt: skip
+        own = pl.concat([bars, own])
+    return Chart(
+        "anisotropy_by_depth", "Anisotropy by depth",
+        "Mean cosine of the hidden states of distinct tokens of held-out text, at the last step "
+        f"measured.{told} After Godey et al. 2024, section 4.1, Figure 2.{_grey(paper, '2')}",
+        (Panel("", Axis("depth (0: embedding, 1: last layer)"), Axis("mean cosine")),),
+        own, "Figure 2", styled=names,
+    )  # fmt: skip
 
 
-def spectra_figure(frame: pl.DataFrame, paper: bool = False) -> "Figure":
-    """Draw `spectra`, a panel for each series, then two of the paper's."""
-    from matplotlib.cm import ScalarMappable
-    from matplotlib.colors import PowerNorm
-    from matplotlib.ticker import MaxNLocator
+def perplexity_chart(frame: pl.DataFrame, names: tuple[str, ...], paper: bool = False) -> Chart:
+    """Figure 3 of `perplexities`, from the step on at which one of them comes within a factor of
+    three of the worst final one; the paper's in a panel of their own, as they count words."""
+    kept, told = chart.some(frame, "name")
+    final = pl.col("perplexity").last().over("name")
+    near = pl.col("step").filter(pl.col("perplexity") <= 3 * final.max()).min()
 
-    panels = []
-    for style, line in _lines(frame):
-        steps, _, ratios = _matrix(line)
-        panels.append((style["label"], steps, ratios))
+    def line(rows: pl.DataFrame, panel: str, kind: str) -> pl.DataFrame:
+        late = rows.filter(pl.col("step") >= near)
+        return points(
+            late, kind, panel, series="name", x="step", y="perplexity", shade="anisotropy"
+        )
+
+    panels = [Panel("ours", STEP, Axis("held-out perplexity (per token)", log=True))]
+    own, styled = [line(kept, "ours", "line")], names
+    if paper:
+        read = readings("perplexity").rename({"model": "name"})
+        own.append(line(read, "paper", "line"))
+        styled = (*names, *read["name"].unique(maintain_order=True))
+        per_word = Axis("WikiText perplexity (per word)", log=True)
+        panels.append(Panel("paper", STEP, per_word, "read off the paper's Figure 3"))
+    return Chart(
+        "perplexity", "Perplexity and anisotropy along training",
+        "Held-out perplexity; colour is the mean cosine of the last layer's hidden states (grey "
+        f"where it was not measured).{told} After Godey et al. 2024, Figure 3.",
+        tuple(panels), pl.concat(own), "Figure 3", "mean cosine", styled,
+    )  # fmt: skip
+
+
+def spectra_chart(frame: pl.DataFrame, names: tuple[str, ...], paper: bool = False) -> Chart:
+    """Figure 4 of `spectra`, a panel for each series, then two of the paper's."""
+    kept, told = chart.some(frame, "name", PANELS)
+    common = {"x": "step", "y": "index", "shade": "ratio"}
+    own = [points(kept, "cells", series="name", **common).with_columns(panel="series")]
+    index = Axis("index i")
+    panels = [Panel(name, STEP, index, name) for name in kept["name"].unique(maintain_order=True)]
     for model in SPECTRA if paper else ():
-        read = readings("spectra").filter(model=model)
-        panels.append((f"{model}, read off the paper", *filled(read, range(1, INDICES + 1))))
-    figure, grid = _figure(2.6, 2.2, len(panels))
-    scale = ScalarMappable(PowerNorm(0.5, 0, 1), "plasma")  # a collapse is among small ratios
-    for axes, (title, steps, ratios) in zip(grid, panels, strict=True):
-        edges = (_between(steps), np.arange(ratios.shape[1] + 1) + 0.5)
-        colours = {"cmap": scale.cmap, "norm": scale.norm, "rasterized": True}
-        axes.pcolormesh(*edges, ratios.T, **colours)
-        _log(axes, "x")
-        axes.yaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]))
-        axes.set_title(title, fontsize="small")
-    figure.supxlabel("training step", fontsize="medium")
-    figure.supylabel("index i of the singular value", fontsize="medium")
-    figure.colorbar(scale, ax=grid, label=r"$\sigma_i / \sigma_0$ of the head", aspect=30)
-    return figure
+        steps, ratios = filled(readings("spectra").filter(model=model), range(1, INDICES + 1))
+        panels.append(Panel(f"paper {model}", STEP, index, f"{model}, read off the paper"))
+        grid = pl.DataFrame({
+            "step": np.repeat(steps, INDICES),
+            "index": np.tile(np.arange(1, INDICES + 1), len(steps)),
+            "ratio": ratios.ravel(),
+        })  # fmt: skip
+        own.append(points(grid, "cells", f"paper {model}", series=pl.lit(model), **common))
+    return Chart(
+        "spectrum_heatmap", "Singular values of the head",
+        "Each singular value of the head's matrix over the largest of them, along training: dark "
+        f"columns are a spectrum with one spike.{told} After Godey et al. 2024, Figure 4.",
+        tuple(panels), pl.concat(own), "Figure 4", "\u03c3\u1d62 / \u03c3\u2080 of the head", names,
+    )  # fmt: skip
 
 
-def entropy_figure(frame: pl.DataFrame, paper: bool = False) -> "Figure":
-    """Draw `entropies`, the paper's pale behind them."""
-    figure, (axes,) = _figure(5.2, 3.4)
-    for style, line in _lines(frame):
-        dense = max(1, len(line) // 24)
-        axes.plot(line["step"], line["entropy"], markersize=4, markevery=dense, **style)
-    ends = []
+def entropy_chart(frame: pl.DataFrame, names: tuple[str, ...], paper: bool = False) -> Chart:
+    """Figure 5 of `entropies`, the paper's pale behind them."""
+    kept, told = chart.some(frame, "name")
+    own = points(kept, "line", series="name", x="step", y="entropy")
     if paper:
-        for (model,), line in readings("entropy").group_by("model", maintain_order=True):
-            axes.plot(line["step"], line["entropy"], color="0.75", linewidth=1, zorder=0)
-            ends.append((str(model), line["step"][-1], line["entropy"][-1]))
-        axes.set_title("grey: read off the paper's Figure 5", **NOTE)
-    _log(axes, "xy")
-    _name_ends(axes, ends)
-    axes.set(xlabel="training step", ylabel="singular entropy of the head (nats)")
-    _legend(figure, axes)
-    return figure
+        own = pl.concat(
+            [points(readings("entropy"), "paper", series="model", x="step", y="entropy"), own]
+        )
+    return Chart(
+        "singular_entropy", "Singular entropy of the head",
+        "KL divergence of the squared singular values' distribution from the uniform one: 0 is "
+        f"flat, ln d a single spike.{told} After Godey et al. 2024, section 4.2, Figure "
+        f"5.{_grey(paper, '5')}",
+        (Panel("", STEP, Axis("singular entropy (nats)", log=True)),),
+        own, "Figure 5", styled=names,
+    )  # fmt: skip
+
+
+def _grey(paper: bool, number: str) -> str:
+    return f" Grey: read off the paper's Figure {number}." if paper else ""
 
 
 def _series(directory: Path) -> pl.DataFrame:
     """Series, trial, name: numbered by name, so that a series looks alike in all figures."""
-    trials = records.scan(directory, "trials").select("trial", "name").collect()
+    trials = records.scan(directory, "trials").select("trial", "name", "params").collect()
 
     def key(row: tuple[str, str]) -> tuple[list[str | int], str]:
         parts = re.split(r"(\d+)", row[1])  # nano-8 comes before nano-16
@@ -229,106 +275,8 @@ def _scalar(directory: Path, metric: str, split: str) -> pl.DataFrame:
     return found.collect().join(_series(directory), on="trial")
 
 
-def _lines(frame: pl.DataFrame) -> Iterator[tuple[dict[str, Any], pl.DataFrame]]:
-    """Each series with its style: another kind of line once colours and markers are used up."""
-    for (i, name), line in frame.group_by("series", "name", maintain_order=True):
-        turn, which = divmod(int(i), len(STYLES))
-        colour, marker = STYLES[which]
-        dashes = LINES[turn % len(LINES)]
-        yield {"label": name, "color": colour, "marker": marker, "linestyle": dashes}, line
-
-
 def _matrix(spectrum: pl.DataFrame) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Steps, indices, and the ratios of one series by both."""
     wide = spectrum.sort("index").pivot("index", index="step", values="ratio").sort("step")
     ratios = wide.drop("step")
     return wide["step"].to_numpy(), np.array(ratios.columns, dtype=int), ratios.to_numpy()
-
-
-def _between(steps: np.ndarray) -> np.ndarray:
-    """Edges of cells around steps on a logarithmic axis."""
-    x = np.log(steps)
-    gaps = np.diff(x) / 2 if len(x) > 1 else np.array([0.5])
-    return np.exp(np.concatenate([x[:1] - gaps[0], x[:-1] + gaps[: len(x) - 1], x[-1:] + gaps[-1]]))
-
-
-def _figure(width: float, height: float, count: int = 1) -> tuple["Figure", "np.ndarray"]:
-    """A figure and `count` axes of this size in inches, at most four in a row."""
-    from matplotlib.figure import Figure
-
-    columns, rows = min(count, 4), -(-count // 4)
-    size = (1.2 + width * columns, 0.6 + height * rows)
-    figure = Figure(figsize=size, layout="constrained")
-    grid = figure.subplots(rows, columns, squeeze=False).ravel()
-    for axes in grid[count:]:
-        axes.remove()
-    for axes in grid[:count]:
-        axes.spines[["top", "right"]].set_visible(False)
-    return figure, grid[:count]
-
-
-def _log(axes: "Axes", which: str) -> None:
-    """Logarithmic axes with plain numbers: probes lie evenly in log(step)."""
-    from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, NullLocator
-
-    plain = {"x": EngFormatter(sep=""), "y": FuncFormatter(lambda value, _: f"{value:g}")}
-    for x_or_y in which:
-        axes.set(**{f"{x_or_y}scale": "log"})
-        axis = getattr(axes, f"{x_or_y}axis")
-        low, high = axis.get_view_interval()
-        axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,)))
-        axis.set_major_formatter(plain[x_or_y])
-        axis.set_minor_locator(NullLocator())
-
-
-def _name_ends(axes: "Axes", ends: list[tuple[str, float, float]]) -> None:
-    """Name lines beside the axes, tied to their last points (name, x, y) and apart."""
-    if not ends:
-        return
-    ends = sorted(ends, key=lambda end: end[2])
-    points = axes.transData.transform([end[1:] for end in ends])
-    heights = axes.transAxes.inverted().transform(points)[:, 1]
-    gap = min(0.045, 1 / len(ends))
-    for _ in range(1000):
-        push = np.maximum(gap - np.diff(heights), 0) / 2
-        heights[1:] += push
-        heights[:-1] -= push
-        heights = heights.clip(0, 1)
-    tie = {"arrowstyle": "-", "color": "0.7", "linewidth": 0.5, "shrinkA": 0, "relpos": (0, 0.5)}
-    beside: dict[str, Any] = {"textcoords": "axes fraction", "arrowprops": tie, "va": "center"}
-    for (name, x, y), height in zip(ends, heights, strict=True):
-        axes.annotate(name, (x, y), (1.04, height), fontsize="x-small", color="0.3", **beside)
-
-
-def _legend(figure: "Figure", axes: "Axes") -> None:
-    handles, names = axes.get_legend_handles_labels()
-    # As many columns as the figure is wide enough for; below the axes, not at their cost.
-    columns = min(4, max(1, 105 // (8 + max(map(len, names)))))
-    figure.set_figheight(figure.get_figheight() + 0.16 * -(-len(names) // columns))
-    small = {"fontsize": "x-small", "frameon": False}
-    figure.legend(handles, names, loc="outside lower center", ncols=columns, **small)
-
-
-def _write(
-    build: Callable[[pl.DataFrame, bool], "Figure"],
-    frame: pl.DataFrame,
-    path: Path,
-    paper: bool,
-    most: int = MOST,
-) -> list[Path]:
-    """Both files of a figure, the same figure to the same bytes."""
-    import matplotlib
-
-    if frame.is_empty():
-        return []
-    series = frame["series"].unique().sort()
-    figure = build(frame.filter(pl.col("series").is_in(series[:most].implode())), paper)
-    if len(series) > most:
-        figure.suptitle(f"the first {most} of {len(series)} series by name", fontsize="medium")
-    files = [path.with_name(f"{path.name}.{suffix}") for suffix in ("png", "svg")]
-    for file in files:
-        kind = file.suffix[1:]
-        plain = {"Date": None} if kind == "svg" else {}
-        with matplotlib.rc_context({"svg.hashsalt": "lmsat"}):
-            atomic.write(file, partial(figure.savefig, format=kind, dpi=150, metadata=plain))
-    return files

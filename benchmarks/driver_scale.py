@@ -84,6 +84,17 @@ def lmsat(home: Path, trials: int, killed_after: int) -> None:
     clock = Clock(trials)
 
     class Watcher(progress.Progress):
+        def preparing(self, what: str, count: int = 0) -> None:
+            super().preparing(what, count)
+            self.opening = time.time()  # of MLflow, the last thing before the ledger
+
+        def started(self, costs: Any, statuses: Any) -> None:
+            super().started(costs, statuses)
+            print(
+                f"  {time.time() - self.opening:.1f} s for MLflow to open and the ledger",
+                flush=True,
+            )
+
         def running(self, trial: str) -> None:
             clock.first()
             super().running(trial)
@@ -175,16 +186,16 @@ def check(home: Path, trials: int) -> None:
 def main() -> None:
     trials = int(sys.argv[1]) if sys.argv[1:] else TRIALS
 
-    def run(title: str, way: str, trials: int, killed_after: int = 0) -> list[float]:
-        """In a process of its own: the driver's milliseconds a trial, of each tenth."""
+    def run(title: str, way: str, trials: int, killed_after: int = 0) -> list[tuple[float, float]]:
+        """In a process of its own: the driver's milliseconds a trial, and MB, of each tenth."""
         print(f"{way}, {title}", flush=True)
         given = [way, str(home), str(trials), str(killed_after)]
         took = []
         command = [sys.executable, __file__, "--one", *given]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
             for line in child.stdout or ():
-                if found := re.match(r" *\d+ trials.* (\d+) of the driver's", line):
-                    took.append(float(found[1]))
+                if found := re.match(r" *\d+ trials.* (\d+) of the driver's.* (\d+) MB", line):
+                    took.append((float(found[1]), float(found[2])))
                 if found or line.startswith("  "):
                     print(line, end="", flush=True)
         assert child.returncode == (-signal.SIGKILL if killed_after else 0), child.returncode
@@ -198,9 +209,10 @@ def main() -> None:
         run("and once more", "lmsat", trials)
         check(home, trials)
         theirs = run(f"{trials // 10} trials", "Ray Tune", trials // 10)
-    print(f"lmsat, the last tenth / the first: {ours[-1] / ours[0]:.2f}x")
-    ratio = statistics.mean(ours) / statistics.mean(theirs)
-    print(f"lmsat, ledger and MLflow included / Ray Tune: {ratio:.1f}x")
+    (first, small), *_, (last, large) = ours
+    print(f"lmsat, the last tenth / the first: {last / first:.2f}x, {large - small:+.0f} MB")
+    mine, bare = (statistics.mean(took for took, _ in each) for each in (ours, theirs))
+    print(f"lmsat, ledger and MLflow included / Ray Tune: {mine / bare:.1f}x")
 
 
 if __name__ == "__main__":

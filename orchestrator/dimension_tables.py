@@ -8,7 +8,7 @@ import polars as pl
 
 from analysis import dimensions, ranks
 from analysis.dimensions import LEVELS, TIMES
-from orchestrator import terminal
+from orchestrator import result_tables
 from orchestrator.terminal import print_json, print_table, short
 
 
@@ -110,6 +110,6 @@ def _print_required(required: pl.DataFrame) -> None:
 
 
 def _answer(row: dict[str, Any]) -> str:
-    return terminal.required(
+    return result_tables.required(
         ranks.Required(**{f.name: row[f.name] for f in fields(ranks.Required)})
     )

@@ -10,7 +10,7 @@ from analysis import records
 from analysis.errors import Failed, full
 from orchestrator import ledger, plan, tracker
 from orchestrator.tracker import Tracker
-from trainables import heads, schedule
+from trainables import corpus, heads, schedule
 
 
 class Preparing(Protocol):
@@ -32,8 +32,9 @@ class Watcher(Preparing, tracker.Watcher, Protocol):
 class Driver:
     """What the driver knows: it writes the ledger and MLflow, and tells the watcher."""
 
-    def __init__(self, sweep: Path, tracker: Tracker, watcher: Watcher) -> None:
+    def __init__(self, sweep: Path, tracker: Tracker, watcher: Watcher, cache: Path) -> None:
         self.sweep, self.tracker, self.watcher = sweep, tracker, watcher
+        self._text = functools.cache(lambda key: _counts(corpus.find(key, cache)))
         self.costs: dict[str, plan.Cost] = {}
         self.packs: list[list[str]] = []
         self.entries: dict[str, dict[str, Any]] = {}
@@ -57,6 +58,7 @@ class Driver:
             steps = schedule.steps(t["tokens"], t["batch"], t["sequence"]) if trained else 0
             # The trial anew: the grid may have given it other hardware.
             entry |= {"id": id, "steps": steps, "trial": trial, "tags": self._tags(id)}
+            entry["text"] = self._text(corpus.key(trial["text"]))
             self.entries[id] = entry
             if entry != known.get(id):
                 changed.append(entry)
@@ -164,6 +166,13 @@ class Driver:
             records.write(
                 self.sweep, "trials", entry["id"], row["step"], [{**row, "status": "failed"}]
             )
+
+
+def _counts(text: corpus.Corpus | None) -> dict[str, dict[str, int]] | None:
+    """Of a text's parts, by what is counted."""
+    if text is None:
+        return None
+    return {"tokens": text.tokens, "documents": text.documents, "bytes": text.bytes}
 
 
 def last_line(failure: str) -> str:

@@ -248,6 +248,11 @@ class Trial(_Section):
     """How often a trial that fails is tried again without getting any further."""
     keep_weights: bool = False
     """Of pretrain: keep the weights of every checkpoint, for `lmsat probe`."""
+    log_model: bool | None = None
+    """Of pretrain with a linear head: the trained model in MLflow, to load without lmsat. By
+    default where that writes or sends at most 100 MB; beside the runs a full head's is a link."""
+    system_metrics: bool = False
+    """Of pretrain: processor, memory and GPU of the first worker's machine along training."""
     features: Literal["pass", "cache"] = "pass"
     """Of rankfit. pass: hidden states are made when needed. cache: kept on disk, for more epochs,
     more learning rates and later sweeps."""
@@ -275,8 +280,9 @@ class Trial(_Section):
             raise ValueError("features: cache is for rankfit; a backbone in training has no cache")
         if frozen and self.probes.loss:
             raise ValueError("probes.loss: is for pretrain; heads of a pack are measured together")
-        if frozen and self.keep_weights:
-            raise ValueError("keep_weights: is for pretrain; a head on a frozen backbone is kept")
+        for field in ("keep_weights", "log_model", "system_metrics"):
+            if frozen and getattr(self, field):
+                raise ValueError(f"{field}: is for kind: pretrain")
         return self
 
     @model_validator(mode="after")

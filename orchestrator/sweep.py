@@ -18,9 +18,10 @@ import fsspec
 import ray
 import yaml
 from ray import tune
+from ray.tune.progress_reporter import TrialProgressCallback
 from ray.tune.trainable import wrap_function
 
-from analysis import atomic, bound_figures, figures, ranks, sealed, tables, trajectories
+from analysis import atomic, ranks, report, sealed
 from analysis.errors import BadInput, Failed, blame, full, one_line
 from orchestrator import cluster, integrity, lease, ledger, place, plan, search, team, tracking
 from orchestrator.driver import Driver, Watcher, last_line
@@ -75,7 +76,7 @@ def run(
         _keep(grid, planned.costs, storage, sweep)
         watcher.preparing("opening MLflow")
         tracker = Tracker(uri, sweep, watcher, _note(grid, sweep), _hash(grid))
-        driver = Driver(sweep, tracker, watcher)
+        driver = Driver(sweep, tracker, watcher, cache)
         driver.add(grid.trials, planned)
         try:
             while True:
@@ -86,7 +87,7 @@ def run(
         finally:
             if not holding.lost.is_set():
                 try:
-                    _show(sweep)
+                    _show(sweep, watcher)
                 finally:
                     tracker.close()
         return driver.entries
@@ -156,9 +157,16 @@ def _keep(grid: Grid, costs: list[plan.Cost], storage: str | None, sweep: Path) 
 
 
 def _note(grid: Grid, sweep: Path) -> str:
+    asked = yaml.safe_dump({k: v for k, v in grid.raw.items() if k != "name"}, sort_keys=False)
+    if len(asked) > 2000:
+        asked = f"{asked[:2000]}\n# and so on: grid.yaml\n"
     return (
-        f"{len(grid.trials)} trials of grid `{grid.name}`, in `{sweep}`.\n\n"
-        f"Go on after a stop: `lmsat sweep --grid {sweep / 'grid.yaml'} --out {sweep.parent}`"
+        f"{len(grid.trials)} trials of the grid `{grid.name}`, a run each.\n\n"
+        f"```yaml\n{asked}```\n\n"
+        f"- Go on after a stop: `lmsat sweep --grid {sweep / 'grid.yaml'} --out {sweep.parent}`\n"
+        f"- Report: `{sweep / 'report'}`, made anew by `lmsat report {sweep}`\n"
+        f"- Records, as parquet: `{sweep / 'records'}`\n"
+        f"- Weights: `{sweep / 'trials'}/<id>/model`\n"
     )
 
 
@@ -181,18 +189,15 @@ def _extend(driver: Driver, cache: Path, there: Place) -> bool:
     return bool(more)
 
 
-def _show(sweep: Path) -> None:
-    table = tables.final_losses(sweep)
-    if table.height:
-        figures.loss_vs_rank(table, sweep / "report" / "loss_vs_rank.png")
-        trajectories.draw(sweep)
-    for backbone in ranks.fitted(sweep):
-        path = sweep / "report" / f"ranks_{backbone.name}.png"
-        figures.ranks(backbone, path)
-        points = bound_figures.w_errors(sweep, backbone)
-        if points.height:
-            path = sweep / "report" / f"werror_{backbone.name}.png"
-            bound_figures.w_error(backbone, points, path)
+def _show(sweep: Path, watcher: Watcher) -> None:
+    """Draw what was found; what was trained does not end with a page that cannot be made."""
+    watcher.preparing("the report")
+    try:
+        report.write(report.make([sweep]), sweep / "report", ("png", "svg"))
+    except Exception as error:
+        if full(error):
+            raise
+        watcher.warned(f"no report ({one_line(error)}); `lmsat report {sweep}` tries again")
 
 
 def _tune(
@@ -299,7 +304,8 @@ class _Packs(_ForThisProcess, tune.search.Searcher):  # type: ignore[misc]
 
 
 class _InTurn(_ForThisProcess, tune.schedulers.FIFOScheduler):  # type: ignore[misc]
-    """First in, first out. Tune's own looks at every trial there has been, at every step."""
+    """First in, first out. Tune's own looks at every trial there has been, at every step; and Tune
+    keeps 28 kB of each, which would be of use to who restores it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -312,9 +318,17 @@ class _InTurn(_ForThisProcess, tune.schedulers.FIFOScheduler):  # type: ignore[m
         self.left = [trial for trial in self.left if not trial.is_finished()]
         return next((trial for trial in self.left if trial.status == trial.PENDING), None)
 
+    def on_trial_complete(self, tune_controller: Any, trial: Any, result: Any) -> None:
+        """Forget those that ended before it."""
+        trials, ended = tune_controller.get_trials(), tune_controller._stopped_trials
+        trials[:] = [other for other in trials if other not in ended]
+        tune_controller._trials_to_cache -= ended
+        ended.clear()
 
-class _Callback(_ForThisProcess, tune.Callback):  # type: ignore[misc]
-    """Tells the driver what Tune says, and Tune how often to try again."""
+
+class _Callback(_ForThisProcess, TrialProgressCallback):  # type: ignore[misc]
+    """Tells the driver what Tune says, and Tune how often to try again; in the place of a callback
+    of Tune's own, which would keep every trial."""
 
     def __init__(self, driver: Driver) -> None:
         self.driver = driver

@@ -10,7 +10,7 @@ from typing import Protocol
 from orchestrator import tracking
 from orchestrator.tracking import Entry, Row
 
-PATIENCE = 30.0  # seconds that the end waits for a store which does not answer
+PATIENCE = 90.0  # seconds that the end waits for a store which does not answer
 PAUSES = (0.5, 10.0)  # seconds from one attempt to the next, at first and at most
 ROWS = 10_000  # of one trial that wait in memory; beyond, its records are read
 

@@ -22,12 +22,21 @@ Fact = tuple[str, Any]
 
 
 def differences(
-    sweep: Path, other: Path, uri: str | None = None, other_uri: str | None = None
+    sweep: Path,
+    other: Path,
+    uri: str | None = None,
+    other_uri: str | None = None,
+    noticed: bool = False,
 ) -> list[str]:
     """What `sweep` lacks, has too much, has otherwise than `other`, or what one of them has twice:
-    a line for each fact. MLflow's stores are beside the sweeps, or at the URIs.
+    a line for each fact. MLflow's stores are beside the sweeps, or at the URIs. Where a notice
+    made one of them save at other steps, `noticed`: checkpoints at steps that both have.
     """
-    found, wanted = _gather(facts(sweep, uri)), _gather(facts(other, other_uri))
+    steps, others = kept(sweep), kept(other)
+    if noticed:
+        steps = others = {id: steps[id] & others[id] for id in steps.keys() & others.keys()}
+    found = _gather(facts(sweep, steps, uri))
+    wanted = _gather(facts(other, others, other_uri))
     lines = []
     for fact in sorted(found | wanted):
         mine, theirs = found.get(fact, []), wanted.get(fact, [])
@@ -40,12 +49,18 @@ def differences(
     return lines
 
 
-def facts(sweep: Path, uri: str | None = None) -> Iterator[Fact]:
-    """All that a sweep has made."""
+def kept(sweep: Path) -> dict[str, set[str]]:
+    """The checkpoints of each trial."""
+    folders = (sweep / "trials").glob("*/checkpoints")
+    return {one.parent.name: {step.name for step in one.glob("step-*")} for one in folders}
+
+
+def facts(sweep: Path, steps: dict[str, set[str]], uri: str | None = None) -> Iterator[Fact]:
+    """All that a sweep has made; of checkpoints the last one of each trial at these steps."""
     for id, entry in ledger.read(sweep).items():
         yield f"ledger {id}", (entry["status"], entry["step"])
     yield from _weights(sweep)
-    yield from _checkpoints(sweep)
+    yield from _checkpoints(sweep, steps)
     yield from _records(sweep)
     yield from _tracked(sweep.name, uri or tracking.default_uri(sweep.parent))
 
@@ -58,11 +73,11 @@ def _weights(sweep: Path) -> Iterator[Fact]:
         yield str(file.relative_to(sweep)), _digest(file.read_bytes())
 
 
-def _checkpoints(sweep: Path) -> Iterator[Fact]:
-    """The last one of each trial: engine, generators, state."""
-    for folder in sorted((sweep / "trials").glob("*/checkpoints")):
-        last = sorted(folder.glob("step-*"))[-1:]
-        for file in sorted(file for step in last for file in step.rglob("*")):
+def _checkpoints(sweep: Path, steps: dict[str, set[str]]) -> Iterator[Fact]:
+    """Engine, generators, state."""
+    for id in sorted(id for id in steps if steps[id]):
+        last = sweep / "trials" / id / "checkpoints" / max(steps[id])
+        for file in sorted(last.rglob("*")):
             where = str(file.relative_to(sweep))
             if file.suffix == ".pt":
                 try:  # a pickle, but this machine's own
@@ -89,9 +104,10 @@ def _tracked(name: str, uri: str) -> Iterator[Fact]:
     """MLflow's experiment of that name; what was deleted is not there."""
     client = MlflowClient(uri)
     experiment = client.get_experiment_by_name(name)
-    for run in (
-        client.search_runs([experiment.experiment_id], max_results=5000) if experiment else ()
-    ):
+    if experiment is None:
+        return
+    models = client.search_logged_models([experiment.experiment_id])
+    for run in client.search_runs([experiment.experiment_id], max_results=5000):
         id, tags = run.info.run_id, run.data.tags
         where = f"MLflow {tags.get('lmsat.trial', 'sweep')}"
         yield where, (run.info.run_name, run.info.status, "mlflow.parentRunId" in tags)
@@ -104,6 +120,19 @@ def _tracked(name: str, uri: str) -> Iterator[Fact]:
             for m in client.get_metric_history(id, key):
                 yield f"{where} metric {key} {m.step}", "?" if clock else _bits(m.value)
         yield from ((f"{where} artifact {path}", True) for path in _artifacts(client, id))
+        for read in run.inputs.dataset_inputs:
+            text = read.dataset
+            part = ", ".join(tag.value for tag in read.tags)
+            yield f"{where} dataset {part}", (text.name, text.digest, text.profile)
+        there = {model.model_id for model in models}
+        shown = [output for output in run.outputs.model_outputs if output.model_id in there]
+        yield from ((f"{where} model", True) for _ in shown)
+    for model in models:
+        where = f"MLflow model {model.tags['lmsat.trial']}"
+        yield where, (model.name, model.status.name, model.tags.get("lmsat.weights"), model.params)
+        for m in model.metrics or ():
+            clock = m.key.rpartition("/")[2] in TIMING
+            yield f"{where} metric {m.key} {m.step}", "?" if clock else _bits(m.value)
 
 
 def _artifacts(client: MlflowClient, run: str, folder: str | None = None) -> Iterator[str]:

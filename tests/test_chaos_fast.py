@@ -75,7 +75,7 @@ def test_times_are_no_difference(whole: kills.Subject, copy: Path) -> None:
 
 def test_every_difference_is_seen(whole: kills.Subject, copy: Path) -> None:
     trial, other = sorted(ledger.read(copy))
-    whole_facts = {name for name, _ in same.facts(copy)}
+    whole_facts = {name for name, _ in same.facts(copy, same.kept(copy))}
     expected = {
         *_in_the_ledger(copy, trial),
         *_in_the_weights(copy, trial),
@@ -139,7 +139,8 @@ def _in_the_records(sweep: Path, trial: str) -> set[str]:
 
 
 def _in_mlflow(sweep: Path, trial: str, other: str) -> set[str]:
-    """A metric twice, one otherwise, a tag, a status, a file that is gone, a second run."""
+    """A metric twice, one otherwise, a tag, a status, a file that is gone, a second run and
+    model."""
     client = MlflowClient(tracking.default_uri(sweep.parent))
     experiment = client.get_experiment_by_name("chaos").experiment_id
     runs = {r.data.tags.get("lmsat.trial"): r for r in client.search_runs([experiment])}
@@ -152,6 +153,9 @@ def _in_mlflow(sweep: Path, trial: str, other: str) -> set[str]:
     (sweep.parent / "mlartifacts" / parent / "artifacts" / "loss_vs_rank.png").unlink()
     double = client.create_run(experiment, tags={"lmsat.trial": other}, run_name="double")
     client.log_param(double.info.run_id, "kind", "pretrain")
+    (model,) = runs[other].outputs.model_outputs
+    client.log_outputs(runs[other].info.run_id, [model])
+    client.create_logged_model(experiment, "double", tags={"lmsat.trial": other})
     return {
         f"MLflow {trial} metric train/loss {again.step}",
         f"MLflow {trial} metric train/loss 1000000",
@@ -161,4 +165,6 @@ def _in_mlflow(sweep: Path, trial: str, other: str) -> set[str]:
         f"MLflow {other}",
         f"MLflow {other} tag lmsat.trial",
         f"MLflow {other} param kind",
+        f"MLflow {other} model",
+        f"MLflow model {other}",
     }

@@ -322,6 +322,23 @@ OPTIONS: dict[str, list[tuple[str, str]]] = {
     "verify": [("nosuch", "nosuch: nothing of that name")],
     "track": [("nosuch", "nosuch")],
     "ui": [("--out nowhere", "nowhere: no runs here"), ("--port x", "'--port'")],
+    "new": [
+        ("a/b", "NAME: a: no such folder"),
+        ("x --size nano-5", "--size: model: unknown size"),
+        ("x --rank x", "--rank: head.rank"),
+        ("x --corpus nosuch", "--corpus: corpus.package"),
+        ("x --budget nan", "--budget: tokens such as"),
+    ],
+    "logs": [
+        ("nosuch x", "nosuch: no sweep of that name"),
+        ("SWEEP", "'TRIAL'"),
+        ("SWEEP nosuch", "nosuch: no trial of"),
+        ("SWEEP nano --follow --json", "--follow"),
+    ],
+    "reproduce": [("nosuch", "godey2024"), ("godey2024 --figure 99", "--figure: ")],
+    "completion": [("", "{bash|zsh|fish}"), ("csh", "'bash', 'zsh', 'fish'")],
+    "report": [("nosuch", "nosuch: nothing of that name")],
+    "compare": [("SWEEP nosuch", "nosuch: nothing of that name")],
     "doctor": [
         ("--address nowhere", "--address: HOST:PORT"),
         ("--grid nosuch.yaml", "nosuch.yaml: no such grid file"),

@@ -4,6 +4,7 @@
 `report` and `should_stop`, and writes its records and checkpoints itself.
 """
 
+import functools
 import math
 import shutil
 import time
@@ -24,6 +25,7 @@ from trainables import (
     engine,
     findings,
     heads,
+    machine,
     memory,
     probes,
     schedule,
@@ -150,7 +152,8 @@ def train(
         steps = schedule.steps(t["tokens"], t["batch"], t["sequence"])
         step_tokens, writes = t["batch"] * t["sequence"], dist.get_rank() == 0
         files = saved.state["files"] if saved else {}
-        recorder = Recorder(sweep, trial["id"], steps, step_tokens, report, writes, files)
+        busy = functools.partial(machine.usage, run.device) if trial["system_metrics"] else None
+        recorder = Recorder(sweep, trial["id"], steps, step_tokens, report, writes, files, busy)
         training = _Training(trial, text, model, run, recorder)
         folder = sweep / "trials" / trial["id"]
         return training.go(folder, place, saved, row, should_stop, leaving)

@@ -14,8 +14,9 @@ SECONDS = 1.0  # between reports of training's progress
 class Recorder:
     """Keeps rows until `flush` writes them; `report` shows the scalars that are new.
 
-    Only the first worker of a trial writes and reports. `files` are those of the trial that count,
-    by path in the sweep, with their checksums; after a checkpoint it goes on from its own.
+    Only the first worker of a trial writes and reports, and says how busy its `machine` is.
+    `files` are those of the trial that count, by path in the sweep, with their checksums; after a
+    checkpoint it goes on from its own.
     """
 
     def __init__(
@@ -27,10 +28,12 @@ class Recorder:
         report: Report,
         writes: bool,
         files: dict[str, str] | None = None,
+        machine: Callable[[], dict[str, float]] | None = None,
     ) -> None:
         self.sweep, self.trial, self.steps, self.step_tokens = sweep, trial, steps, step_tokens
         self.send, self.writes = report, writes
         self.files = {} if files is None else files
+        self.machine, self.seen = machine, -1
         self.sent = 0.0
         self.rows: dict[str, list[dict[str, Any]]] = {
             table: [] for table in records.TABLES if table != "trials"
@@ -65,6 +68,10 @@ class Recorder:
         if not always and time.monotonic() - self.sent < SECONDS:
             return
         self.sent = time.monotonic()
+        if self.machine and self.writes and step != self.seen:
+            self.seen = step
+            for metric, value in self.machine().items():
+                self.scalar(step, metric, value, "system")
         if self.writes:
             new = self.rows["scalars"][self.reported :]
             self.send({"trial": self.trial, "step": step, "steps": self.steps, "rows": new})

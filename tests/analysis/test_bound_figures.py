@@ -6,7 +6,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from analysis import bound_figures, figures, ranks, records
+from analysis import bound_figures, chart, figures, printed, ranks, records
 from analysis.ranks import Fitted
 from tests.analysis import test_ranks
 
@@ -90,15 +90,16 @@ def test_figure_8_shows_losses_and_gaps_beside_the_papers_readings(
 ) -> None:
     one = fitted("m", 8)
     points = bound_figures.w_errors(sweep[0], one)
-    loss, gap = bound_figures._w_error(one, points).axes
+    shown = bound_figures.w_error(one, points)
     linear = points.filter(family="linear")
-    paper = pl.read_csv(figures.PAPER / "werror_loss.csv", comment_prefix="#")
-    for axes, column, lowest in ((loss, "loss", 0.0), (gap, "gap", paper["loss"].min())):
-        drawn = [line.get_xydata().tolist() for line in axes.lines]
-        assert [[*map(float, row)] for row in linear.select("w_error", column).rows()] in drawn
+    paper = pl.read_csv(chart.PAPER / "werror_loss.csv", comment_prefix="#")
+    for column, lowest in (("loss", 0.0), ("gap", paper["loss"].min())):
+        own = shown.points.filter(panel=column)
+        drawn = own.filter(kind="line", series="linear").select("x", "y").rows()
+        assert drawn == linear.select("w_error", column).rows()
         readings = paper.with_columns(pl.col("loss") - lowest).rows()
-        assert any(np.array_equal(one, readings) for one in drawn)
-    path = bound_figures.w_error(one, points, tmp_path / "report" / "f.png")
+        assert own.filter(kind="paper").select("x", "y").rows() == readings
+    path, *_ = printed.write(shown, tmp_path / "report" / "f")
     assert path.read_bytes()[:8] == PNG
 
 
@@ -109,17 +110,16 @@ def test_heads_without_one_of_rank_d_are_drawn_without_gaps(tmp_path: Path) -> N
     (found,) = ranks.fitted(tmp_path)
     points = bound_figures.w_errors(tmp_path, found)
     assert points["rank"].to_list() == [4, 8] and points["gap"].null_count() == 2
-    for path in (
-        bound_figures.w_error(found, points, tmp_path / "werror.png"),
-        figures.ranks(found, tmp_path / "ranks.png"),
-    ):
+    for shown in (bound_figures.w_error(found, points), figures.ranks(found)):
+        assert shown.points.filter(panel="gap", kind="line").is_empty()
+        path, *_ = printed.write(shown, tmp_path / shown.name)
         assert path.read_bytes()[:8] == PNG
 
 
 def test_the_papers_figure_8_agrees_with_its_figure_6_and_with_w_errors_of_pythia_1b() -> None:
     """PAPER's W-error of each rank, where the curve passes that rank's loss of Figure 6."""
-    curve = pl.read_csv(figures.PAPER / "werror_loss.csv", comment_prefix="#")
-    heads = pl.read_csv(figures.PAPER / "heads.csv", comment_prefix="#").filter(model="pythia-1b")
+    curve = pl.read_csv(chart.PAPER / "werror_loss.csv", comment_prefix="#")
+    heads = pl.read_csv(chart.PAPER / "heads.csv", comment_prefix="#").filter(model="pythia-1b")
     losses = dict(heads.select("rank", "loss").rows())
     told = {32: 0.92, 64: 0.90, 128: 0.88, 256: 0.83, 512: 0.74, 1024: 0.56}
     for rank, error in told.items():

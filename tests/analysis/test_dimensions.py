@@ -9,7 +9,7 @@ import polars as pl
 import pytest
 from scipy.special import expit
 
-from analysis import dimension_figures, dimensions, records
+from analysis import chart, dimension_figures, dimensions, records
 
 V = 1000
 
@@ -89,7 +89,7 @@ def test_figures_show_every_series(directory: Path) -> None:
 
 
 def test_the_paper_s_readings_fall_with_d() -> None:
-    readings = pl.read_csv(dimension_figures.PAPER / "w_error.csv", comment_prefix="#")
+    readings = pl.read_csv(chart.PAPER / "w_error.csv", comment_prefix="#")
     assert set(readings["tokenizer"]) == {"llama2", "pythia"}
     for _, line in readings.group_by("tokenizer", "corpus"):
         assert line.sort("d")["w_error"].is_sorted(descending=True)

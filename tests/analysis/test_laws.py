@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from analysis import figures, laws, powerlaw
+from analysis import chart, laws, powerlaw
 from analysis.errors import BadInput
 from analysis.laws import Array
 
@@ -165,7 +165,7 @@ def test_rank_laws_predict_ranks_left_out_of_figure_6_better_than_an_exponential
         "exponential", "", "", ("r", "d"), ("E", "C"), {"k": (0.1, 100)},
         lambda x, e: (np.ones(()), np.exp(-e["k"] * x["r"] / x["d"]) - np.exp(-e["k"])),
     )  # fmt: skip
-    curves = pl.read_csv(figures.PAPER / "heads.csv", comment_prefix="#")
+    curves = pl.read_csv(chart.PAPER / "heads.csv", comment_prefix="#")
     missed: dict[str, list[Array]] = {law.name: [] for law in (*RANK_LAWS, exponential)}
     for _, curve in curves.group_by("model", maintain_order=True):
         r, loss = curve["rank"].to_numpy().astype(float), curve["loss"].to_numpy()

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from analysis import association, figures, leads, monotone, saturation
+from analysis import association, chart, leads, monotone, saturation
 from analysis.errors import BadInput
 from analysis.saturation import Onset
 
@@ -168,7 +168,7 @@ def test_an_anisotropy_high_from_the_start_came_first() -> None:
 
 def paper(model: str, name: str) -> tuple[Array, Array]:
     file = "entropy" if name == "entropy" else "perplexity"
-    table = pl.read_csv(figures.PAPER / f"{file}.csv", comment_prefix="#")
+    table = pl.read_csv(chart.PAPER / f"{file}.csv", comment_prefix="#")
     rows = table.filter(pl.col("model") == model)
     values = rows[name].to_numpy()
     return rows["step"].to_numpy(), values if name == "anisotropy" else np.log(values)

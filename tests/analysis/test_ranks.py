@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from analysis import figures, ranks, records
+from analysis import chart, figures, interactive, printed, ranks, records
 
 GRID = [2, 4, 8, 16, 32]
 
@@ -192,8 +192,23 @@ def test_a_diverged_trial_has_infinite_selection_loss(tmp_path: Path) -> None:
 def test_the_figure_is_drawn_beside_the_papers_readings(tmp_path: Path) -> None:
     write(tmp_path, np.random.default_rng(0), {4: 0.5, 8: 0.2, 16: 0.05, 32: 0.0}, [0, 1])
     (found,) = ranks.fitted(tmp_path)
-    path = figures.ranks(found, tmp_path / "f.png")
+    shown = figures.ranks(found)
+    linear = found.heads.filter(family="linear").drop_nulls("rank")
+    for panel, column in (("loss", "loss"), ("gap", "gap"), ("rate", "lr")):
+        own = shown.points.filter(panel=panel, kind="line", series="linear")
+        expected = linear.select(pl.col("rank").cast(pl.Float64), column).rows()
+        assert own.select("x", "y").rows() == expected
+    (gap,) = (
+        p
+        for p, panel in zip(interactive.plots(shown), shown.panels, strict=True)
+        if panel.name == "gap"
+    )
+    assert [t["name"] for t in gap["traces"] if t.get("meta")] == [
+        f"{model}, paper" for model in ("pythia-410m", "pythia-1b", "llama-7b")
+    ]
+    assert figures.ranks(found, paper=False).points.filter(kind="paper").is_empty()
+    path, *_ = printed.write(shown, tmp_path / "f")
     assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and path.stat().st_size > 30_000
-    paper = pl.read_csv(figures.PAPER / "heads.csv", comment_prefix="#")
+    paper = pl.read_csv(chart.PAPER / "heads.csv", comment_prefix="#")
     full = paper.group_by("model").agg(pl.col("loss").sort_by("rank").last())
     assert dict(full.rows()) == {"pythia-410m": 2.691, "pythia-1b": 2.476, "llama-7b": 1.821}

@@ -8,7 +8,7 @@ import polars as pl
 import pytest
 
 from analysis import saturation
-from analysis.figures import PAPER
+from analysis.chart import PAPER
 from analysis.saturation import Onset
 
 ZERO_SHOT = Path(__file__).parents[3] / "shared" / "reference" / "pythia_v1_zero_shot.csv"

@@ -3,7 +3,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from analysis import figures, records, tables
+from analysis import figures, printed, records, tables
 
 
 def trial(id: str, size: str, rank: int | None, loss: float, sweep: Path) -> None:
@@ -81,5 +81,9 @@ def test_paired_differences_cancel_what_makes_a_block_hard(tmp_path: Path) -> No
 def test_the_figure_is_drawn_from_the_table(tmp_path: Path) -> None:
     for i, rank in enumerate([4, 16, None]):
         trial(f"a{i}", "big", rank, 5.0 - i, tmp_path)
-    path = figures.loss_vs_rank(tables.final_losses(tmp_path), tmp_path / "report" / "f.png")
+    shown = figures.loss_vs_rank(tables.final_losses(tmp_path))
+    line = shown.points.filter(kind="line").select("x", "y", "label").rows()
+    assert line == [(4, 5.0, "4"), (16, 4.0, "16"), (32, 3.0, "full")]
+    assert "1 seed," in shown.caption
+    path, *_ = printed.write(shown, tmp_path / "report" / "f")
     assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 10_000

@@ -51,7 +51,7 @@ def notice(home: Home, subject: Subject, rng: random.Random, count: int) -> Foun
                     print(f"notice {told}: {again:.0%} of an interval trained again", flush=True)
                     wrong += [f"{again:.0%} of an interval trained again"] if again > 0.2 else []
             wait(started.ended, subject.patience)
-        wrong += _compare(home, subject, out)
+        wrong += _compare(home, subject, out, noticed=True)
     return told, wrong
 
 
@@ -263,14 +263,14 @@ def _sweep(
         yield started
 
 
-def _compare(home: Home, subject: Subject, out: Path) -> list[str]:
+def _compare(home: Home, subject: Subject, out: Path, noticed: bool = False) -> list[str]:
     """Go on with the sweep to its end; what is otherwise than where nobody interfered."""
     try:
         last = finish(home, _log(out), *_wanted(subject, out), seconds=subject.patience)
     except TimeoutError as error:
         return [str(error)]
     wrong = [f"exit code {last.process.returncode}"] if last.process.returncode else []
-    return wrong + same.differences(out / "chaos", subject.out / "chaos")
+    return wrong + same.differences(out / "chaos", subject.out / "chaos", noticed=noticed)
 
 
 def saved(out: Path) -> set[Path]:

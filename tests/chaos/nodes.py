@@ -27,7 +27,8 @@ print(*(n["NodeID"] for n in ray.nodes() if n["Alive"] and sys.argv[2] in n["Res
 def leave(home: Home, subject: Subject, rng: random.Random, count: int) -> Found:
     """Nodes of one CPU each, two at a time; every other one is told before it is killed, and then
     a fifth of the time between checkpoints is lost at most."""
-    out, wrong, environment = home.folder / "nodes", [], {**home.environment, **rays.TOKEN}
+    wrong, environment = list[str](), {**home.environment, **rays.TOKEN}
+    tried = sweeps = 0
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ray", dir="/tmp")))
         address = f"127.0.0.1:{(port := free_port())}"
@@ -43,33 +44,36 @@ def leave(home: Home, subject: Subject, rng: random.Random, count: int) -> Found
             stack.enter_context(rays.node(log, *line, **home.environment, CHAOS=names[-1]))
 
         join(), join()
-        wanted = ["sweep", "--grid", str(subject.grid), "--out", str(out), "--address", address]
-        log = out.with_suffix(".log")
-        with command(home, log, *wanted, before=("env", *_pairs(rays.TOKEN))) as started:
-            for number in range(1, count + 1):
-                wait(started.ended, subject.began + rng.uniform(0, 10))
-                if started.ended():
-                    count = number - 1
-                    break
-                name = names.pop(rng.randrange(2))
-                if told := number % 2 == 0:
-                    _announce(address, name, environment)
-                    wait(started.ended, rng.uniform(3, 10))
-                at = time.time()
-                for one in marked(name):
-                    with suppress(psutil.NoSuchProcess):
-                        one.kill()
-                before = files(out)
-                join()
-                again = trained_again(out, at, before, subject)
-                said = "idle" if again is None else f"{again:.0%} of an interval trained again"
-                print(f"node {number}: {'told to go' if told else 'killed'}, {said}", flush=True)
-                if told and again is not None and again > 0.2:
-                    wrong.append(f"a node that was told to go: {said}")
-            wait(started.ended, subject.patience)
-        if started.process.returncode:
-            wrong.append(f"exit code {started.process.returncode}: {started.said[-300:]}")
-    return count, wrong + same.differences(out / "chaos", subject.out / "chaos")
+        while tried < count and sweeps < 2 * count and not wrong:
+            sweeps += 1
+            out = home.folder / f"nodes-{sweeps}"
+            wanted = ["sweep", "--grid", str(subject.grid), "--out", str(out), "--address", address]
+            log, before = out.with_suffix(".log"), ("env", *_pairs(rays.TOKEN))
+            with command(home, log, *wanted, before=before) as started:
+                while tried < count:
+                    if wait(started.ended, rng.uniform(0.5, 1.2) * subject.began):
+                        break
+                    tried += 1
+                    name = names.pop(rng.randrange(2))
+                    if told := tried % 2 == 0:
+                        _announce(address, name, environment)
+                        wait(started.ended, rng.uniform(3, 10))
+                    at = time.time()
+                    for one in marked(name):
+                        with suppress(psutil.NoSuchProcess):
+                            one.kill()
+                    known = files(out)
+                    join()
+                    again = trained_again(out, at, known, subject)
+                    said = "idle" if again is None else f"{again:.0%} of an interval trained again"
+                    print(f"node {tried}: {'told to go' if told else 'killed'}, {said}", flush=True)
+                    if told and again is not None and again > 0.2:
+                        wrong.append(f"a node that was told to go: {said}")
+                wait(started.ended, subject.patience)
+            if started.process.returncode:
+                wrong.append(f"exit code {started.process.returncode}: {started.said[-300:]}")
+            wrong += same.differences(out / "chaos", subject.out / "chaos", noticed=True)
+    return tried, wrong
 
 
 def _pairs(environment: dict[str, str]) -> list[str]:

@@ -17,6 +17,7 @@ from analysis.bottleneck import ALWAYS
 from analysis.errors import BadInput
 from orchestrator import bounds, grid, ledger, probe
 from orchestrator.cli import main
+from tests import schemas
 from tests.conftest import TINY
 from trainables import corpus
 
@@ -106,7 +107,7 @@ def test_what_is_shown_what_is_written_and_what_is_drawn(user: Path, backbone: P
     model = f"runs/tiny/trials/{backbone.name}"
     done = command(model, *SHORT, "--json")
     assert done.exit_code == 0, done.stderr
-    answer = json.loads(done.stdout)
+    answer = schemas.check("bounds", done.stdout)
     figure, file = (Path(f) for f in answer.pop("files"))
     assert figure == Path(f"runs/bounds/report/bounds_{backbone.name}.png")
     assert figure.read_bytes().startswith(b"\x89PNG")

@@ -14,6 +14,7 @@ from mlflow import MlflowClient
 
 from analysis import records
 from orchestrator import ledger
+from tests import schemas
 from tests.orchestrator.test_sweep import command, wait_for
 
 SMALL = (
@@ -43,7 +44,7 @@ def user(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
 
 
 def test_it_tells_w_error_growth_and_the_softmax_rank(user: Path, cache: Path) -> None:
-    found = json.loads((user / "first.json").read_text())
+    found = schemas.check("dimension", (user / "first.json").read_text())
     names = [f"sotu BPE-512 n={i}" for i in ("2 softmax", "3 paper", "3 unbiased")]
     samples = pl.DataFrame(found["samples"], infer_schema_length=None)
     assert sorted(samples["name"].unique()) == names

@@ -19,7 +19,7 @@ from mlflow import MlflowClient
 
 from analysis.errors import BadInput
 from orchestrator import doctor, facts, place
-from tests import rays
+from tests import rays, schemas
 from tests.orchestrator.test_sweep import command, free_port, write_grid
 
 GB = 1e9
@@ -204,7 +204,7 @@ def test_mlflow_is_asked_and_nothing_stays_there(tmp_path: Path) -> None:
 def test_this_machine_is_examined_and_left_as_it_was(tmp_path: Path) -> None:
     env = {**os.environ, "LMSAT_CACHE": "deep/runs/cache"}
     done = command("doctor", "--json", "--out", "deep/runs", cwd=tmp_path, env=env)
-    findings = json.loads(done.stdout)
+    findings = schemas.check("doctor", done.stdout)
     wrong = [one for one in findings if one["level"] == "wrong"]
     assert (done.returncode, done.stderr.count("to mend")) == ((1, 1) if wrong else (0, 0))
     assert {one["check"] for one in wrong} <= {"disk", "shared memory", "open files"}  # its own

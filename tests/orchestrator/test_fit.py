@@ -12,6 +12,7 @@ from click.testing import CliRunner, Result
 from analysis import records
 from orchestrator import ledger
 from orchestrator.cli import main
+from tests import schemas
 
 PAPER = ("law.csv", "--fix", "B=410.7,b=0.28,E=1.69", "--objective", "squares")
 LARGE = ("--where", "params >= 4e8 and kind = 'final'")
@@ -29,7 +30,7 @@ def fit(*args: str) -> Result:
 def answer(*args: str) -> dict[str, Any]:
     done = fit(*args, "--json")
     assert done.exit_code == 0, done.output
-    return json.loads(done.stdout)
+    return schemas.check("fit", done.stdout)
 
 
 def chinchilla(n: int = 40, noise: float = 1e-4, seed: int = 0) -> pl.DataFrame:

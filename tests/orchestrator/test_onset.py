@@ -11,6 +11,7 @@ from click.testing import CliRunner, Result
 
 from analysis import records
 from orchestrator.cli import main
+from tests import schemas
 
 SATURATED = ("pythia-14m", "pythia-31m", "pythia-70m", "pythia-160m")
 
@@ -27,7 +28,7 @@ def onset(*args: str) -> Result:
 def answer(*args: str) -> dict[str, Any]:
     done = onset(*args, "--json")
     assert done.exit_code == 0, done.output
-    return json.loads(done.stdout)
+    return schemas.check("onset", done.stdout)
 
 
 def turning(

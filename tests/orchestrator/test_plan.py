@@ -11,7 +11,7 @@ from click.testing import CliRunner
 
 from analysis import records
 from analysis.errors import BadInput
-from orchestrator import fits, grid, place, plan, sizes, terminal
+from orchestrator import fits, grid, place, plan, plan_tables, sizes
 from orchestrator.cli import main
 from tests.conftest import train_apart
 from trainables import backbones, corpus, pretrain, zero
@@ -128,7 +128,7 @@ def test_what_measuring_costs_is_stated(
         tiny_grid.write_text(text.replace("count: 4", f"schedule: linear, count: {count}"))
         planned = plan.plan(grid.load(tiny_grid), cache)
         costs.append(planned.costs[0])
-        terminal.print_plan(planned, [], as_json=False)
+        plan_tables.print_plan(planned, [], as_json=False)
         shares = [round(100 * c.probes / c.seconds) for c in planned.costs]
         shown = capsys.readouterr().out
         assert f"measuring: {min(shares)}" in shown and f"{max(shares)} % of a trial" in shown
@@ -426,7 +426,7 @@ def test_a_cluster_that_must_grow_says_so_and_what_is_unknown_is_a_note(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fields = {"resources": {"workers": 8, "gpus": 1}}
-    terminal.print_plan(plan.plan(load(tmp_path, **fields), tmp_path, GROWING), [], False)
+    plan_tables.print_plan(plan.plan(load(tmp_path, **fields), tmp_path, GROWING), [], False)
     said = capsys.readouterr().out
     assert "1 at once on the cluster, which must grow first: about" in said
     assert "of 19.5 TFLOP/s" in said  # fp32, which no tensor core takes

@@ -29,6 +29,7 @@ from safetensors.torch import load_file, save_file
 from analysis import records, spectrum, tables
 from orchestrator import grid, ledger, place, tracking
 from orchestrator.cli import main
+from tests import schemas
 from tests.conftest import TINY
 from tests.hub import Hub
 from tests.orchestrator.test_sweep import command, wait_for
@@ -221,7 +222,7 @@ def test_the_same_again_measures_nothing(second: Told, third: Told) -> None:
     assert "starting Ray" not in third.done.stderr
     assert third.times == second.times
     assert_mlflow_shows_the_records(third.directory)
-    shown = json.loads(third.done.stdout)
+    shown = schemas.check("probe", third.done.stdout)
     assert shown["failed"] == {}
     assert shown["checkpoints"] == tables.measured(third.directory).to_dicts()
     layers = [(row["name"], row["layer"]) for row in shown["layers"]]

@@ -1,12 +1,28 @@
+import io
+import itertools
 import json
 import math
+import re
+import shlex
+import shutil
+import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
+from click.testing import CliRunner
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from analysis import records
 from orchestrator import terminal
+from orchestrator.cli import main
+from tests import kinds, made
+from tests.malformed import drawn
+from tests.ptys import ESCAPES, Terminal
+
+PAPER = Path(__file__).parents[2] / "analysis" / "paper"
 
 
 @pytest.mark.parametrize(
@@ -38,25 +54,103 @@ def test_a_narrow_terminal_cuts_names_and_no_numbers(capsys: Any, monkeypatch: A
     assert all("1.2345678" in x and "[+1, -2]" in x and "…" in x for x in lines[1:])
 
 
-def test_a_narrow_terminal_leaves_columns_out_and_says_so(
-    capsys: Any, monkeypatch: Any, tmp_path: Path
+WORD = st.text("abcxyz0189.±[]-", min_size=1, max_size=14)
+
+
+@settings(drawn, max_examples=40)
+@given(st.data(), st.integers(40, 120))
+def test_whatever_the_width_all_numbers_are_there_beside_their_names(
+    data: st.DataObject, width: int
 ) -> None:
-    rows = {"loss": 3.25, "accuracy": 0.5, "stable_rank": 123456.75}
-    scalar = {"trial": "a", "step": 1000, "tokens": None, "split": "", "layer": None}
-    scalar |= {"stderr": None, "time": 0}
-    named = dict.fromkeys(records.TABLES["trials"]) | {"trial": "a", "name": "n" * 60}
-    records.write(tmp_path, "trials", "a", 1000, [named])
-    found = [{**scalar, "metric": metric, "value": value} for metric, value in rows.items()]
-    records.write(tmp_path, "scalars", "a", 1000, found)
-    monkeypatch.setenv("COLUMNS", "32")
-    monkeypatch.setenv("FORCE_COLOR", "1")
-    terminal.print_measured(tmp_path, {}, as_json=False)
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "not shown on so narrow a terminal: stable rank"
-    assert "1000 3.250 0.500" in lines[-1] and "…" in lines[-1]
-    monkeypatch.setenv("COLUMNS", "44")
-    terminal.print_measured(tmp_path, {}, as_json=False)
-    assert "1000 3.250 0.500   123456.75" in capsys.readouterr().out.splitlines()[-1]
+    count, height = data.draw(st.integers(2, 18)), data.draw(st.integers(1, 4))
+    cells = [[data.draw(WORD) for _ in range(count)] for _ in range(height + 1)]
+    names = [f"{i} {data.draw(st.text('nm', max_size=60))}" for i in range(height + 1)]
+    with pytest.MonkeyPatch.context() as patch, io.StringIO() as out, redirect_stdout(out):
+        patch.setenv("COLUMNS", f"{width}")
+        patch.setenv("FORCE_COLOR", "1")
+        rows = [[name, *line] for name, line in zip(names, cells, strict=True)]
+        terminal.print_table(rows[0], rows[1:])
+        lines = ESCAPES.sub("", out.getvalue()).splitlines()
+    assert all(len(line) <= width for line in lines)
+    blocks = [[*block] for blank, block in itertools.groupby(lines, key=bool) if blank]
+    assert all(len(block) == height + 1 for block in blocks)
+    for i, (name, line) in enumerate(zip(names, cells, strict=True)):
+        told = [block[i] for block in blocks]
+        assert all(one.startswith(name[:8].strip()) for one in told)
+        ends = [one.removeprefix(_name(one, name)) for one in told]
+        assert " ".join(ends).split() == line
+
+
+def _name(line: str, name: str) -> str:
+    """As much of it as the line has."""
+    return name if line.startswith(name) else line[: line.index("…") + 1]
+
+
+COMMANDS = [
+    "status made --out .",
+    "logs made nano-8_r2 --out .",
+    "verify made --out .",
+    "compare made made --out .",
+    "fit made --form rank --draws 20 --out .",
+    "fit law.csv --fix B=410.7,b=0.28,E=1.69 --draws 20",
+    "plan --grid made.yaml",
+    "plan --grid gpu.yaml --on 8xA100-80G",
+]
+# And tables of records of every kind.
+ALL = f"""\
+from pathlib import Path
+from orchestrator import result_tables
+from orchestrator.cli import main
+for line in {COMMANDS}:
+    try:
+        main(line.split())
+    except SystemExit as done:
+        assert not done.code, line
+result_tables.print_results(Path("pretrain"), {{"pretrain"}}, False)
+result_tables.print_results(Path("rankfit"), {{"rankfit"}}, False)
+result_tables.print_measured(Path("pretrain"), {{}}, False)
+"""
+SENTENCES = ("written ", "next ", "note: ", "figure ")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
+    folder = tmp_path_factory.mktemp("tables")
+    made.sweep(folder, cache)
+    on_gpus = {**made.GRID, "name": "gpu", "resources": {"gpus": 1, "workers": 8}}
+    (folder / "gpu.yaml").write_text(yaml.safe_dump(on_gpus))
+    kinds.every(folder)
+    shutil.copy(PAPER / "law.csv", folder)
+    return folder
+
+
+def test_tables_fit_eighty_columns(folder: Path) -> None:
+    shown = Terminal(sys.executable, "-c", ALL, cwd=folder)
+    assert shown.end() == 0, shown.shown[-2000:]
+    tables = [line for line in shown.lines if "  " in line and not line.startswith(SENTENCES)]
+    assert len(tables) > 100
+    assert [line for line in tables if len(line.rstrip()) > 80] == []
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_in_a_pipe_rows_are_whole_and_bare(
+    line: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    done = CliRunner().invoke(main, line.split())
+    assert done.exit_code == 0 and "\x1b" not in done.output and "…" not in done.stdout
+
+
+def test_help_fits_and_has_examples_of_options_that_there_are() -> None:
+    for name, command in main.commands.items():
+        said = CliRunner().invoke(main, [name, "--help"]).stdout
+        assert max(map(len, said.splitlines())) <= 80, name
+        examples = [line for line in said.splitlines() if re.search(rf"\blmsat {name}\b", line)]
+        assert examples and "Example" in said, name
+        known = {option for parameter in command.params for option in parameter.opts}
+        for line in examples:
+            used = {word for word in shlex.split(line) if word.startswith("--")}
+            assert used <= known, (name, used - known)
 
 
 def test_a_table_in_a_pipe_is_not_folded(capsys: Any) -> None:

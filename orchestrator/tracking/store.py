@@ -1,29 +1,17 @@
-"""MLflow, a view of a sweep that can be rebuilt; the only module that knows it.
-
-    tracking.json         what is said of the sweep in any store
-    tracking/<key>.key    what finds it there
-    tracking/<run>.txt    of the store with this run of the sweep: which trials it has whole
-
-One experiment a sweep; a run for the sweep, and under it one for each trial. A run is found by its
-tag `lmsat.key`, and made to be what the trial's ledger entry and records say: whatever was written
-before, and however often it is done, none is there twice.
-"""
+"""One sweep in one store."""
 
 import contextlib
-import os
-import re
 import tempfile
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import dataclass
-from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
-import polars as pl
-
 from analysis import records, sealed
-from analysis.errors import BadInput, one_line
+from orchestrator.tracking import models, names
+from orchestrator.tracking.names import Row
+from orchestrator.tracking.places import Refused, connect, unanswered, why
 
 _STATUS = {
     "waiting": "SCHEDULED",
@@ -33,120 +21,12 @@ _STATUS = {
     "failed": "FAILED",
     "stopped": "KILLED",
 }
-_NOTE = "mlflow.note.content"
+_SOURCE = {"mlflow.source.name": "lmsat", "mlflow.source.type": "LOCAL"}  # a column of the UI
+_SHOWN = {".html", ".png", ".svg", ".csv"}  # what the UI shows of a report
+_LARGEST = 20e6  # bytes of such a file
 _EDITION = "lmsat.edition"  # of measurements that were taken anew, and differ
-_PASSING = (401, 403, 408, 429)  # refusals by HTTP that may be over in a while
 
-Row = dict[str, Any]  # of `scalars`
 Entry = dict[str, Any]  # of the ledger: id, status, updated, tags, and the trial or what is shown
-
-
-class NoAnswer(BadInput):
-    """The store does not answer."""
-
-
-class Refused(Exception):
-    """By a store that answers otherwise."""
-
-
-def default_uri(out: Path) -> str:
-    """A sqlite file beside the runs."""
-    return f"sqlite:///{out.resolve() / 'mlflow.db'}"
-
-
-def check_secrets(option: str, url: str) -> None:
-    """Raises BadInput where a URL holds a password, which would be kept and shown."""
-    if re.search(r"^https?://[^/?#]*@|://[^/?#]*:[^/?#]*@", url):
-        raise BadInput(
-            f"{option}: no user or password in a URL; MLflow and fsspec take them from the "
-            "environment or their own files: docs/cluster.md"
-        )
-
-
-def resolve(uri: str | None, out: Path) -> str:
-    """The store to use: `uri`, or a sqlite file beside the runs. Raises BadInput where it names no
-    store or holds a password, NoAnswer where a server does not answer."""
-    import urllib.request
-
-    if uri is None:
-        return default_uri(out)
-    if uri.startswith("sqlite:///") and not uri.startswith("sqlite:////"):
-        return f"sqlite:///{Path(uri.removeprefix('sqlite:///')).resolve()}"
-    if "://" not in uri and not uri.startswith("databricks"):
-        raise BadInput(f"--tracking-uri: {uri!r} is no URI; a server is http://HOST:PORT")
-    check_secrets("--tracking-uri", uri)
-    if uri.startswith("http"):
-        try:
-            urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=10).close()
-        except (OSError, ValueError, HTTPException) as error:
-            raise NoAnswer(f"--tracking-uri: no MLflow server answers at {uri}: {error}") from None
-    return uri
-
-
-def connect(uri: str) -> Any:
-    """MLflow's client for a store, which has answered once. Raises NoAnswer."""
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "CRITICAL")  # below it there are tracebacks
-    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")  # whoever asks does it again
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
-    from mlflow import MlflowClient
-
-    file = Path(uri.removeprefix("sqlite:///"))
-    try:
-        if uri.startswith("sqlite:///") and not file.exists():
-            _make(file)
-        client = MlflowClient(uri)
-        client.search_experiments(max_results=1)
-    except Exception as error:  # a store may fail in any way
-        raise NoAnswer(f"--tracking-uri: MLflow at {uri}: {why(error)}") from None
-    return client
-
-
-def _make(file: Path) -> None:
-    """A sqlite store, whole or not at all: one whose making was killed can never be opened."""
-    from mlflow import MlflowClient
-
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{file.name}.{uuid.uuid4().hex[:8]}")
-    MlflowClient(f"sqlite:///{partial}").search_experiments(max_results=1)
-    with contextlib.suppress(OSError):  # another sweep was first; or there are no links here
-        os.link(partial, file)
-    partial.unlink()
-
-
-def try_out(uri: str, folder: Path) -> None:
-    """Write to a store, and delete it again; `folder` holds a file. Raises NoAnswer, or whatever
-    the store fails with."""
-    store = Store(uri, folder / "lmsat-doctor")
-    store.open()
-    try:
-        if uri.startswith("http"):  # of a file the artifacts lie in --out
-            store.attach(store.parent, next(file for file in folder.iterdir() if file.is_file()))
-    finally:
-        store.client.delete_run(store.parent)
-        store.client.delete_experiment(store.experiment)
-
-
-def refused(error: Exception) -> bool:
-    """Whether it would be so again, however long one waits."""
-    from mlflow.exceptions import MlflowException
-
-    if isinstance(error, MlflowException):
-        code = error.get_http_status_code()
-        return bool(400 <= code < 500 and code not in _PASSING)
-    mine = (Refused, ValueError, TypeError, LookupError, pl.exceptions.PolarsError)
-    return isinstance(error, mine) and not isinstance(error, OSError)
-
-
-def why(error: Exception) -> str:
-    """The cause, without what MLflow and its libraries say around it."""
-    cause = (
-        r"(?:\[Errno -?\d+\]|\(\w+\.OperationalError\)) (?P<first>[^'\"()<>\[\]]+)|"
-        r"(?P<second>Read timed out|Remote end closed connection)"
-    )
-    found = re.search(cause, str(error))
-    return one_line(found["first"] or found["second"]) if found else one_line(error)
 
 
 @dataclass
@@ -191,6 +71,7 @@ class Store:
         be another one by now."""
         self.experiment = self.parent = ""
         self.fresh = False  # it has nothing of the sweep yet
+        self.local = False  # its files are on a disk of this machine
         self.whole: dict[str, str] = {}
         self.runs: dict[str, _Run] = {}
 
@@ -203,7 +84,7 @@ class Store:
             return  # there is nothing of it yet
         id, status = entry["id"], _STATUS[entry["status"]]
         key = f"{self.key}/{id}"
-        tags = {"mlflow.parentRunId": self.parent, "lmsat.key": key, "lmsat.trial": id}
+        tags = {"mlflow.parentRunId": self.parent, "lmsat.key": key, "lmsat.trial": id, **_SOURCE}
         tags |= {"lmsat.grid": self.facts["grid"]} if self.facts["grid"] else {}
         tags |= {f"lmsat.{k}": str(v) for k, v in entry["tags"].items() if v is not None}
         run = self.runs.get(id)
@@ -216,16 +97,19 @@ class Store:
                 return
         if rows is None:
             rows = records.scan(self.sweep, "scalars", id).collect().to_dicts()
-        shown = dict(flat(entry["trial"] if "trial" in entry else entry["shown"]))
+        shown = dict(names.flat(entry["trial"] if "trial" in entry else entry["shown"]))
         if run is None:
             began = min((row["time"] for row in rows), default=None)
             run = self._make(key, str(shown["name"]), tags, began)
+        if id not in self.runs:
+            self._log_text(run, entry)
         self.runs[id] = run
         self._log(run, {**tags, "lmsat.status": entry["status"]}, shown, rows)
         if entry["status"] not in ("waiting", "running"):
             self.client.set_terminated(run.id, status, int(1e3 * entry["updated"]))
             if entry["status"] in ("done", "diverged"):
                 self._keep_spectra(run, id)
+                self._keep_model(run, key, entry)
             self._mark(id, str(entry["updated"]))
             del self.runs[id]
         elif run.status != status:
@@ -237,12 +121,15 @@ class Store:
         if not self.parent:
             self.open()
         for key, edition in self.doubted.items():
-            self._find(key, edition)
+            if run := self._find(key, edition):
+                models.one(self.client, self.experiment, key, run.id)
         self.client.set_tag(self.parent, "lmsat.status", status)
         self.client.set_terminated(self.parent, _STATUS[status])
-        for kind in ("png", "svg"):
-            for figure in sorted((self.sweep / "report").glob(f"*.{kind}")):
-                self.attach(self.parent, figure)
+        for file in sorted((self.sweep / "report").glob("*")):
+            if file.suffix in _SHOWN and file.stat().st_size <= _LARGEST:
+                self.attach(self.parent, file)
+        if (self.sweep / "grid.yaml").is_file():
+            self.attach(self.parent, self.sweep / "grid.yaml")
 
     def open(self) -> None:
         """Find the sweep in the store, or make it."""
@@ -261,10 +148,15 @@ class Store:
         fresh = not self.client.search_runs([self.experiment], any_run, max_results=1)
         run = None if fresh else self._find(key)
         run = run or self._make(key, self.name, {"lmsat.key": key}, None)
-        tags = {"lmsat.status": "running", "lmsat.grid": self.facts["grid"], _NOTE: note}
-        self._log(run, {k: v for k, v in tags.items() if v}, {}, [])
-        if note:
-            self.client.set_experiment_tag(self.experiment, _NOTE, note)
+        tags = {"lmsat.status": "running", "lmsat.grid": self.facts["grid"], **_SOURCE}
+        tags["mlflow.note.content"] = note
+        asked = sealed.read(plan)["grid"] if (plan := self.sweep / "plan.json").is_file() else {}
+        self._log(run, {k: v for k, v in tags.items() if v}, dict(names.flat(asked)), [])
+        experiment = self.client.get_experiment(self.experiment)
+        for name, value in names.experiment_tags(note, self.experiment, run.id).items():
+            if experiment.tags.get(name) != value:
+                self.client.set_experiment_tag(self.experiment, name, value)
+        self.local = experiment.artifact_location.startswith("file:")
         self.client.update_run(run.id, status="RUNNING")
         self.parent, self.fresh = run.id, fresh
         if self._marks.exists():
@@ -316,7 +208,7 @@ class Store:
         params = [Param(k, str(v)[:6000]) for k, v in shown.items() if k not in run.params]
         metrics = []
         for row in rows:
-            key, value, known = metric_name(row), row["value"], run.steps
+            key, value, known = names.metric_name(row), row["value"], run.steps
             # MLflow stores infinity as 1.8e308.
             if row["step"] in known.setdefault(key, set()) or not -1e300 < value < 1e300:
                 continue
@@ -332,6 +224,26 @@ class Store:
         run.params |= shown.keys()
         self.new_values += len(metrics)
 
+    def _log_text(self, run: _Run, entry: Entry) -> None:
+        trial = entry.get("trial", {})
+        if "text" in trial and "corpus" in trial:
+            found = models.datasets(trial, entry.get("text"))
+            self.client.log_inputs(run.id, datasets=found)
+
+    def _keep_model(self, run: _Run, key: str, entry: Entry) -> None:
+        folder = self.sweep / "trials" / entry["id"] / "model"
+        where = self.client, self.experiment, key, run.id
+        with self._sending("its model"):
+            if "trial" not in entry or not models.wanted(entry["trial"], folder, self.local):
+                return
+            model = None if self.fresh else models.one(*where)
+            try:
+                model = model or models.make(*where, entry)
+            except Exception:
+                self.doubted[key] = run.tags.get(_EDITION)
+                raise
+            models.fill(self.client, model, folder, entry["step"])
+
     def _keep_spectra(self, run: _Run, id: str) -> None:
         spectra = records.scan(self.sweep, "spectra", id).collect()
         with tempfile.TemporaryDirectory() as folder:
@@ -340,13 +252,20 @@ class Store:
             self.attach(run.id, file, "spectra")
 
     def attach(self, run: str, file: Path, folder: str | None = None) -> None:
-        """Raises Refused where the store answers, and does not take the file: no reason to keep
+        with self._sending(file.name):
+            self.client.log_artifact(run, str(file), folder)
+
+    @contextlib.contextmanager
+    def _sending(self, what: str) -> Iterator[None]:
+        """Raises Refused where the store answers, and does not take files: no reason to keep
         everything else waiting."""
         try:
-            self.client.log_artifact(run, str(file), folder)
+            yield
         except Exception as error:
+            if unanswered(error):
+                raise
             self.client.get_experiment(self.experiment)
-            raise Refused(f"{file.name}: {why(error)}") from None
+            raise Refused(f"{what}: {why(error)}") from None
 
 
 def _key(sweep: Path) -> str:
@@ -360,37 +279,14 @@ def _key(sweep: Path) -> str:
     return key
 
 
-def metric_name(row: Row) -> str:
-    """held_out/loss, model/stable_rank, held_out/anisotropy/layer_last: split first, layer last."""
-    parts = [row["split"] or "model", row["metric"]]
-    if row["layer"] is not None:
-        parts.append("layer_last" if row["layer"] == -1 else f"layer_{row['layer']:02d}")
-    return re.sub(r"[^\w\-./ :]", "_", "/".join(parts))  # what MLflow takes in a name
-
-
-def flat(tree: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
-    """Every set leaf of nested fields, with its dotted name."""
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from flat(value, f"{prefix}{key}.")
-        elif value is not None:
-            yield f"{prefix}{key}", value
-
-
-def serve(out: Path, port: int) -> None:
-    """Become the MLflow UI on the runs of `out`, on loopback. Raises BadInput where there are
-    none, or the port is taken."""
-    import socket
-    import sys
-
-    if not (out / "mlflow.db").is_file():
-        raise BadInput(f"{out}: no runs here; `lmsat sweep --grid ranks.yaml` makes some")
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", port))
-        except (OSError, OverflowError) as error:
-            raise BadInput(f"--port: {port} cannot be used on 127.0.0.1: {error}") from None
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    command = ["-m", "mlflow", "ui", "--backend-store-uri", default_uri(out)]
-    os.execv(sys.executable, [sys.executable, *command, "--host", "127.0.0.1", "--port", str(port)])
+def try_out(uri: str, folder: Path) -> None:
+    """Write to a store, and delete it again; `folder` holds a file. Raises NoAnswer, or whatever
+    the store fails with."""
+    store = Store(uri, folder / "lmsat-doctor")
+    store.open()
+    try:
+        if uri.startswith("http"):  # of a file the artifacts lie in --out
+            store.attach(store.parent, next(file for file in folder.iterdir() if file.is_file()))
+    finally:
+        store.client.delete_run(store.parent)
+        store.client.delete_experiment(store.experiment)

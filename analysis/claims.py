@@ -1,0 +1,234 @@
+"""What Godey et al. 2024 claim, each beside what records say: agrees, disagrees, cannot tell."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+
+from analysis import bound_figures, dimensions, onsets, ranks, shortfall, summary
+from analysis.onsets import Verdict
+from analysis.prediction import Prediction
+from analysis.ranks import Fitted
+
+AGREES, DISAGREES, CANNOT = "agrees", "disagrees", "cannot tell"
+DEPARTS = 0.1  # nats: a gap that Figure 8 would show as leaving the flat part
+NEAR = (0.5, 0.7)  # of the W-error .6 beyond which the paper sees losses depart
+HALVES = (1000, 2000)  # dimensions, of W-error
+
+
+@dataclass(frozen=True)
+class Claim:
+    figure: str
+    says: str
+    """The paper, in our words, with its number."""
+    verdict: str
+    found: str
+    """The numbers of these records, or why nothing can be said."""
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What the claims are set against."""
+
+    directories: Sequence[Path]
+    """All of them."""
+    verdicts: Sequence[Verdict]
+    short: Prediction | str
+    frozen: Sequence[tuple[Path, Fitted]]
+
+
+def gather(directories: Sequence[Path]) -> Evidence:
+    """From sweeps, probes and counts."""
+    trained = [d for d in directories if summary.kinds(d) & summary.ALIVE]
+    verdicts, _ = summary.judged(trained)
+    frozen = [(d, one) for d in directories for one in ranks.fitted(d)]
+    return Evidence(directories, verdicts, shortfall.shortfall(trained), frozen)
+
+
+def judge(evidence: Evidence) -> list[Claim]:
+    """Each claim, in the paper's order."""
+    return [Claim(figure, says, *find(evidence)) for figure, says, find in CLAIMS]
+
+
+Found = tuple[str, str]
+
+
+def _saturates(evidence: Evidence) -> Found:
+    losses = _by_size(evidence, lambda v: v.curve.kind == "loss" and not v.curve.spectral)
+    known = [v for v in losses if v.kind != "cannot tell"]
+    if len(known) < 2:
+        return CANNOT, _why(losses, "held-out losses along training of two models or more")
+    worse = [v for v in known if v.kind == "worsens"]
+    kinds = ", ".join(f"{v.curve.model}: {v.kind}" for v in known)
+    if not worse:
+        return DISAGREES, kinds
+    small = max(_size(v) for v in worse) < max(map(_size, known))
+    return (AGREES if small else DISAGREES), kinds
+
+
+def _short_of_law(kind: str) -> Callable[[Evidence], Found]:
+    def find(evidence: Evidence) -> Found:
+        if isinstance(evidence.short, str):
+            return CANNOT, evidence.short
+        row = shortfall.by_kind(evidence.short)[kind]
+        low, high = 100 * row["low"], 100 * row["high"]
+        found = f"{100 * row['deviation']:+.1f} % [{low:+.1f}, {high:+.1f}], models: {row['count']}"
+        return (AGREES if low > 0 else DISAGREES if high < 0 else CANNOT), found
+
+    return find
+
+
+def _anisotropic(evidence: Evidence) -> Found:
+    last = _last(evidence, "anisotropy")
+    if len(last) < 2:
+        return CANNOT, "the last layer's anisotropy of two sizes is needed"
+    (small, first), (large, other) = last[0], last[-1]
+    found = f"{small} {first:.2f}, {large} {other:.2f}"
+    return (AGREES if first - other > onsets.COLLAPSE["cosine"] else DISAGREES), found
+
+
+def _collapses(evidence: Evidence) -> Found:
+    entropies = _by_size(evidence, lambda v: v.curve.metric == "singular_entropy")
+    known = [v for v in entropies if v.kind != "cannot tell"]
+    if len(known) < 2:
+        return CANNOT, _why(entropies, "singular entropies along training of two models or more")
+    fell = [v for v in known if v.kind == "collapses"]
+    found = ", ".join(f"{v.curve.model}: {v.kind}" for v in known)
+    if not fell:
+        return DISAGREES, found
+    return (AGREES if max(map(_size, fell)) < max(map(_size, known)) else DISAGREES), found
+
+
+def _together(evidence: Evidence) -> Found:
+    losses = {v.curve.model: v for v in evidence.verdicts if v.curve.metric == "loss"}
+    pairs = [
+        (losses[v.curve.model], v)
+        for v in _by_size(evidence, lambda v: v.curve.metric == "singular_entropy")
+        if v.curve.model in losses
+    ]
+    known = [(a, b) for a, b in pairs if "cannot tell" not in (a.kind, b.kind)]
+    both = [a.curve.model for a, b in known if a.kind == "worsens" and b.kind == "collapses"]
+    harmless = [a.curve.model for a, b in known if a.kind != "worsens" and b.kind == "collapses"]
+    if not both and not harmless:
+        return CANNOT, "no spectrum surely collapses"
+    found = f"with a loss that worsens: {_names(both)}; without: {_names(harmless)}"
+    return (AGREES if both and not harmless else DISAGREES), found
+
+
+def _low_ranks(evidence: Evidence) -> Found:
+    lines, lost = [], []
+    for _, one in evidence.frozen:
+        heads = one.heads.filter(pl.col("rank").is_not_null(), pl.col("lr").is_not_null())
+        first = heads.drop_nulls("gap").sort("rank").head(1)
+        if first.height:
+            row = first.row(0, named=True)
+            lost.append(row["low"] > 0)
+            gap = f"{row['gap']:+.2f} nats [{row['low']:+.2f}, {row['high']:+.2f}]"
+            lines.append(f"{one.name}: rank {row['rank']} of d = {row['d']} {gap}")
+    if not lines:
+        return CANNOT, "no heads of low rank on a frozen backbone"
+    return (AGREES if all(lost) else DISAGREES), "; ".join(lines)
+
+
+def _knee(evidence: Evidence) -> Found:
+    lines, deep = [], []
+    for _, one in evidence.frozen:
+        for family, required in one.required.items():
+            d = int(one.heads["d"].max() or 0)  # type: ignore[arg-type]
+            lines.append(f"{one.name}, {family}: d = {d}, {summary.required(required)}")
+            deep.append(d >= HALVES[0])
+    if not any(deep):
+        return CANNOT, "; ".join([*lines, "no backbone here has 1,000 dimensions"])
+    agree = any(r.rank > 512 for _, one in evidence.frozen for r in one.required.values())
+    return (AGREES if agree else DISAGREES), "; ".join(lines)
+
+
+def _halved(evidence: Evidence) -> Found:
+    lines, found = [], []
+    for directory in evidence.directories:
+        samples = dimensions.samples(directory)
+        if samples.is_empty() or "halved" not in samples.columns:
+            continue
+        for row in dimensions.whole(samples).filter(estimate="paper").to_dicts():
+            lines.append(f"{row['name']}: {row['halved']:,.0f} of V = {row['vocabulary']:,}")
+            if row["vocabulary"] > 8 * HALVES[1]:
+                found.append(HALVES[0] <= row["halved"] <= HALVES[1])
+    if not found:
+        said = "; ".join(lines) or "nothing was counted"
+        return CANNOT, f"{said}; a vocabulary of 16,000 or more is needed"
+    return (AGREES if all(found) else DISAGREES), "; ".join(lines)
+
+
+def _departs(evidence: Evidence) -> Found:
+    lines, near = [], []
+    for directory, one in evidence.frozen:
+        both = bound_figures.w_errors(directory, one).drop_nulls("gap")
+        for (family,), line in both.group_by("family", maintain_order=True):
+            line = line.sort("w_error")
+            if line.height > 2 and line["gap"].max() > DEPARTS:  # type: ignore[operator]
+                at = float(np.interp(DEPARTS, line["gap"].sort(), line["w_error"]))
+                lines.append(f"{one.name}, {family}: {DEPARTS} nats at W-error {at:.2f}")
+                near.append(NEAR[0] <= at <= NEAR[1])
+    if not lines:
+        return CANNOT, "heads on a frozen backbone with the spectrum of its own are needed"
+    return (AGREES if all(near) else DISAGREES), "; ".join(lines)
+
+
+def _tasks(evidence: Evidence) -> Found:
+    tasks = [v for v in evidence.verdicts if v.curve.kind == "accuracy"]
+    known = [v for v in tasks if v.kind != "cannot tell"]
+    if not known:
+        return CANNOT, _why(tasks, "tasks of lm-evaluation-harness at many checkpoints")
+    worse = [f"{v.curve.model} {v.curve.metric}" for v in known if v.kind == "worsens"]
+    found = f"{len(worse)} of {len(known)} tasks worsen: {_names(worse)}"
+    return (AGREES if worse else DISAGREES), found
+
+
+def _by_size(evidence: Evidence, wanted: Callable[[Verdict], bool]) -> list[Verdict]:
+    return sorted(filter(wanted, evidence.verdicts), key=_size)
+
+
+def _size(verdict: Verdict) -> float:
+    return verdict.curve.facts.get("N", 0.0)
+
+
+def _last(evidence: Evidence, metric: str) -> list[tuple[str, float]]:
+    """The last value of each model's series, by size."""
+    found = _by_size(evidence, lambda v: v.curve.metric == metric)
+    return [(v.curve.model, float(v.curve.values[-1])) for v in found]
+
+
+def _why(verdicts: Sequence[Verdict], needed: str) -> str:
+    reasons = sorted({v.onset.reason for v in verdicts if v.onset.reason})
+    return "; ".join(reasons) if reasons else f"{needed} are needed"
+
+
+def _names(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+    return (", ".join(names[:8]) or "none") + more
+
+
+CLAIMS: tuple[tuple[str, str, Callable[[Evidence], Found]], ...] = (
+    ("1a", "the loss of models up to 160M gets worse late in training, larger ones' does not",
+     _saturates),
+    ("1b", "final checkpoints of small models are 8 % above the law of the larger ones",
+     _short_of_law("final")),
+    ("1b", "their best checkpoints are about 4 % above it", _short_of_law("best")),
+    ("Table 1", "zero-shot scores of a saturated model fall with it", _tasks),
+    ("2", "small models' last layers are anisotropic (.96 to .99), larger ones' not (.15 to .2)",
+     _anisotropic),
+    ("4, 5", "small models' spectra flatten, then collapse; large ones' do not", _collapses),
+    ("3, 5", "the collapse comes with the saturation", _together),
+    ("6", "heads of low rank on a frozen model lose", _low_ranks),
+    ("6", "ranks below 1,000 lose noticeably", _knee),
+    ("7", "1,000 to 2,000 dimensions halve the W-error of 5-grams", _halved),
+    ("8", "losses depart where the W-error of the model's own head passes .6", _departs),
+)  # fmt: skip
+
+
+def table(claims: Sequence[Claim]) -> pl.DataFrame:
+    """Figure, claim, verdict, found: a row a claim."""
+    rows = [(c.figure, c.says, c.verdict, c.found) for c in claims]
+    return pl.DataFrame(rows, ["figure", "the paper says", "verdict", "found here"], orient="row")
