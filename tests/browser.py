@@ -33,7 +33,7 @@ def chromium() -> Iterator[Browser]:
 def keep(page: Page, name: str) -> None:
     """What is in sight, as a small picture in the folder that LMSAT_SCREENSHOTS names, if any."""
     if folder := os.environ.get("LMSAT_SCREENSHOTS"):
-        page.wait_for_timeout(300)
+        page.wait_for_timeout(1000)
         shown = Image.open(io.BytesIO(page.screenshot())).convert("RGB")
         shown.thumbnail((1280, 1280))
         shown.quantize(64, dither=Image.Dither.NONE).save(
