@@ -133,3 +133,11 @@ def edges(centres: Sequence[float], log: bool) -> list[float]:
     gaps = [(b - a) / 2 for a, b in pairwise(x)] or [0.5]
     found = [x[0] - gaps[0], *(a + g for a, g in zip(x[:-1], gaps, strict=False)), x[-1] + gaps[-1]]
     return [math.exp(e) for e in found] if log else found
+
+
+def short(value: float) -> str:
+    """1k, 20M, 1e18."""
+    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if size <= value < 1000 * size:
+            return f"{value / size:g}{letter}"
+    return f"{value:g}".replace("e+", "e")

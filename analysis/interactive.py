@@ -144,7 +144,7 @@ def _axis(axis: Axis, values: pl.Series) -> dict[str, Any]:
         found |= {"tickvals": list(axis.ticks), "ticktext": list(axis.ticks.values())}
     elif axis.log and len(values):
         ticks = _ticks(float(values.min()), float(values.max()))  # type: ignore[arg-type]
-        found |= {"tickvals": ticks, "ticktext": [_short(tick) for tick in ticks]}
+        found |= {"tickvals": ticks, "ticktext": [chart.short(tick) for tick in ticks]}
     return found
 
 
@@ -153,14 +153,6 @@ def _ticks(low: float, high: float) -> list[float]:
     steps = (1, 2, 5) if high < 100 * low else (1,)
     powers = range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 1)
     return [float(f"{step}e{power}") for power in powers for step in steps]
-
-
-def _short(value: float) -> str:
-    """1k, 20M, 1e18."""
-    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if size <= value < 1000 * size:
-            return f"{value / size:g}{letter}"
-    return f"{value:g}".replace("e+", "e")
 
 
 def _numbers(values: pl.Series) -> list[float | None]:

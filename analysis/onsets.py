@@ -4,7 +4,7 @@ One row a series; decided together, so that errors in any of them stay at the le
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from analysis.errors import BadInput
 from analysis.saturation import Onset
 
 Law = tuple[float, float, float]
+Each = Callable[[Sequence[Curve]], Iterable[Curve]]
 # A smaller rise of a spectral series is no collapse: S doubled, a rank halved, a cosine up by .3.
 COLLAPSE = {"entropy": math.log(2), "rank": math.log(2), "cosine": 0.3}
 
@@ -39,10 +40,11 @@ def verdicts(
     after: float | None = None,
     rho: float | None = None,
     laws: Mapping[str, Law] | None = None,
+    each: Each = iter,
 ) -> list[Verdict]:
     """Of each series but those of seen text, which tell overfitting. level: of false alarms, over
     all series of text and over all of spectra. rho: of noise, see `saturation.onset`. laws: by
-    model, the loss at its last step that a law predicts, with an interval."""
+    model, the loss at its last step that a law predicts, with an interval. each: to count them."""
     found = []
     seen = {c.model: c for c in curves if c.metric == SEEN}
     judged = [c for c in curves if c.metric != SEEN]
@@ -54,7 +56,7 @@ def verdicts(
     ]
     for share, family in families:
         onsets = saturation.together(
-            [_onset(c, share, margin, after, rho) for c in family], share, rho
+            [_onset(c, share, margin, after, rho) for c in each(family)], share, rho
         )
         adjusted = saturation.holm([one.p for one in onsets])
         for curve, one, p in zip(family, onsets, adjusted, strict=True):

@@ -77,6 +77,8 @@ def _panel(axes: "Axes", whole: Chart, panel: Panel, scale: Any) -> None:
     for which, axis in (("x", panel.x), ("y", panel.y)):
         _axis(axes, which, axis)
     axes.set_title(panel.title, fontsize="small")
+    if own["kind"].eq("paper").any():
+        axes.set_title("grey: read off the paper", fontsize="x-small", color="0.4", loc="right")
     axes.spines[["top", "right"]].set_visible(False)
     _name_ends(axes, ends)
 
@@ -129,7 +131,7 @@ def _cells(axes: "Axes", cells: pl.DataFrame, panel: Panel, scale: Any) -> None:
 
 def _axis(axes: "Axes", which: str, wanted: Axis) -> None:
     """Logarithmic axes with plain numbers: probes lie evenly in log(step)."""
-    from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, NullLocator
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     axis = getattr(axes, f"{which}axis")
     axes.set(**{f"{which}label": wanted.label})
@@ -138,8 +140,7 @@ def _axis(axes: "Axes", which: str, wanted: Axis) -> None:
         low, high = axis.get_view_interval()
         axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,)))
         axis.set_minor_locator(NullLocator())
-        plain = FuncFormatter(lambda value, _: f"{value:g}")
-        axis.set_major_formatter(EngFormatter(sep="") if which == "x" else plain)
+        axis.set_major_formatter(FuncFormatter(lambda value, _: chart.short(value)))
     if wanted.ticks:
         axis.set_ticks(list(wanted.ticks), list(wanted.ticks.values()))
         axis.set_minor_locator(NullLocator())

@@ -16,6 +16,7 @@ from analysis import (
     dimension_figures,
     dimensions,
     figures,
+    onsets,
     printed,
     rankgaps,
     ranks,
@@ -52,6 +53,7 @@ def make(
     paper: bool = False,
     tolerance: float = TOLERANCE,
     preparing: Callable[[str], None] = lambda what: None,
+    each: onsets.Each = iter,
 ) -> Report:
     """All that the records of these allow. `paper`: with the paper's own readings. `tolerance`:
     nats per token by which a head may fall short."""
@@ -64,7 +66,7 @@ def make(
     frozen = [(d, one) for d in directories if "rankfit" in kinds[d]
               for one in ranks.fitted(d, tolerance)]  # fmt: skip
     preparing("saturation")
-    verdicts, looked = summary.judged(alive)
+    verdicts, looked = summary.judged(alive, each)
     answers = (
         summary.bottleneck([one for _, one in trained], [one for _, one in frozen]),
         summary.saturation(verdicts, looked),

@@ -73,7 +73,7 @@ def _nats(gap: float | None, low: float | None, high: float | None) -> str:
     return f"{gap:+.3f} nats [{low:+.3f}, {high:+.3f}]"
 
 
-def judged(directories: Sequence[Path]) -> tuple[list[Verdict], str]:
+def judged(directories: Sequence[Path], each: onsets.Each = iter) -> tuple[list[Verdict], str]:
     """Of series of losses, heads and hidden states; and how many of the trials were looked at."""
     curves, seen, every = list[Curve](), 0, 0
     for directory in directories:
@@ -87,7 +87,9 @@ def judged(directories: Sequence[Path]) -> tuple[list[Verdict], str]:
         if len(directories) > 1:
             found = [replace(c, model=f"{directory.name}: {c.model}") for c in found]
         curves += found
-    return onsets.verdicts(curves), "" if seen == every else f"{seen} of {every:,} trials"
+    return onsets.verdicts(
+        curves, each=each
+    ), "" if seen == every else f"{seen} of {every:,} trials"
 
 
 def saturation(verdicts: Sequence[Verdict], looked: str) -> Answer:

@@ -2,25 +2,28 @@
 
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from analysis import records, sealed
 from orchestrator import lease, ledger
-from orchestrator.driver import Preparing
+
+if TYPE_CHECKING:
+    from orchestrator.progress import Bar
 
 Found = tuple[str, str]  # a file, by its path in the sweep, and what is wrong with it, or ""
 Facts = dict[str, dict[str, Any]]  # what is sealed, by path in the sweep; nothing where damaged
 _OUTCOME = "trials/{}/outcome.json"
 
 
-def verify(sweep: Path, mending: bool, watcher: Preparing) -> tuple[list[Found], int]:
+def verify(sweep: Path, mending: bool, bar: "Bar") -> tuple[list[Found], int]:
     """What is damaged, and how many files are whole. With `mending` set it aside; raises BadInput
     while a driver is at work."""
-    watcher.preparing(f"looking at all of {sweep}")
+    bar.preparing(f"looking at all of {sweep}")
     bad, whole = [], 0
-    for file, what in examine(sweep):
+    total = sum(path.is_file() for path in sweep.rglob("*"))
+    for file, what in bar.each(examine(sweep), "files", total):
         if what:
             bad.append((file, what))
         else:

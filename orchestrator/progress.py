@@ -1,6 +1,8 @@
 """How far a sweep is, on stderr: one live line, or plain lines where there is no terminal."""
 
 import time
+from collections.abc import Iterable, Iterator, Sized
+from typing import TYPE_CHECKING, TypeVar
 
 import rich.progress
 from rich.console import Console
@@ -8,12 +10,15 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from orchestrator.plan import Cost
 from orchestrator.terminal import duration, short
+
+if TYPE_CHECKING:
+    from orchestrator.plan import Cost
 
 EVERY = 10.0  # seconds between lines where there is no terminal
 REFRESH = 0.25  # and where there is one
 CATCHING_UP = "bringing MLflow up to date"
+T = TypeVar("T")
 
 
 class Bar:
@@ -64,6 +69,15 @@ class Bar:
             self.console.print(f"{self.count} of {self.total} done", soft_wrap=True)
             self.said = time.monotonic()
 
+    def each(
+        self, items: Iterable[T], what: str = "series", total: int | None = None
+    ) -> Iterator[T]:
+        """The items, counted as they are done; `total`: of those that have no length."""
+        self.started(len(items) if isinstance(items, Sized) else total or 0, 0)
+        for item in items:
+            yield item
+            self.ended(what, None)
+
     def warned(self, what: str) -> None:
         self.console.print(what, soft_wrap=True)
 
@@ -109,7 +123,7 @@ class Progress:
             self._say(line)
             self.said = time.monotonic()
 
-    def started(self, costs: list[Cost], statuses: dict[str, str]) -> None:
+    def started(self, costs: "list[Cost]", statuses: dict[str, str]) -> None:
         self.costs, self.status = {c.id: c for c in costs}, statuses
         self.done = {i: float(s in ("done", "diverged")) for i, s in statuses.items()}
         self.began, self.share_at_start = time.monotonic(), self._share()

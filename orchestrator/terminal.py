@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.status import Status
 from rich.table import Table
 from rich.text import Text
 
@@ -88,11 +87,6 @@ def _side_by_side(lines: Sequence[Sequence[str]], keys: int, width: int) -> list
         blocks[-1].append(column)
         left -= widths[column]
     return blocks
-
-
-def busy(what: str) -> Status:
-    """Says so on a terminal while it lasts."""
-    return Console(stderr=True).status(what)
 
 
 def short(value: float | None, unit: str = "") -> str:

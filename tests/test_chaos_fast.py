@@ -16,6 +16,7 @@ import polars as pl
 import pytest
 import torch
 from mlflow import MlflowClient
+from mlflow.entities import LoggedModelOutput
 from safetensors.torch import load_file, save_file
 
 from analysis import records
@@ -153,9 +154,8 @@ def _in_mlflow(sweep: Path, trial: str, other: str) -> set[str]:
     (sweep.parent / "mlartifacts" / parent / "artifacts" / "loss_vs_rank.png").unlink()
     double = client.create_run(experiment, tags={"lmsat.trial": other}, run_name="double")
     client.log_param(double.info.run_id, "kind", "pretrain")
-    (model,) = runs[other].outputs.model_outputs
-    client.log_outputs(runs[other].info.run_id, [model])
-    client.create_logged_model(experiment, "double", tags={"lmsat.trial": other})
+    model = client.create_logged_model(experiment, "double", tags={"lmsat.trial": other})
+    client.log_outputs(runs[other].info.run_id, [LoggedModelOutput(model.model_id, 7)])
     return {
         f"MLflow {trial} metric train/loss {again.step}",
         f"MLflow {trial} metric train/loss 1000000",

@@ -186,8 +186,10 @@ def test_runs_come_by_their_final_loss_with_the_columns_that_matter(
     expect(names).to_have_text([*losses["name"], "seen"])
     values = runs.locator(cells.format("metrics.`held_out/loss`"))
     expect(values).to_have_text([*losses["loss"].cast(pl.String), "-"])
-    shown = runs.locator("[role=columnheader][col-id^='metrics.']").all_inner_texts()
-    assert shown[0] == "held_out/loss" and len(shown) == 5
+    headers = runs.locator("[role=columnheader][col-id^='metrics.']")
+    expect(headers).to_have_count(5)
+    left = headers.filter(has_text="held_out/loss").bounding_box()  # the page's order is another
+    assert left and all(left["x"] <= box["x"] for h in headers.all() if (box := h.bounding_box()))
     keep(runs, "mlflow_experiment")
 
 
@@ -211,7 +213,10 @@ def test_from_a_run_to_a_figure_of_spectra_and_the_report(page: Page, finished: 
     assert picture.evaluate("img => img.naturalWidth") > 300
     keep(runs, "mlflow_figure")
     runs.get_by_text("report.html", exact=True).first.click()
-    expect(runs.frame_locator("iframe").get_by_role("heading").first).to_be_visible()
+    shown = runs.frame_locator("iframe")
+    expect(shown.get_by_role("heading").first).to_be_visible()
+    shown.locator(".plot").first.scroll_into_view_if_needed()
+    expect(shown.locator(".plot .main-svg").first).to_be_visible()
 
 
 def test_the_ui_is_on_loopback_alone(address: str) -> None:

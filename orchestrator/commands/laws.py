@@ -206,13 +206,13 @@ def onset(
     first, OUT/NAME/report, with a figure.
     """
     from analysis import onset_figures, onsets
-    from orchestrator import answers, sources, terminal
+    from orchestrator import answers, progress, sources, terminal
 
     given = read_columns(columns)
     curves = [c for name in names for c in sources.curves(name, out, where, given, better)]
     laws = sources.laws(law, curves) if law else None
-    with terminal.busy(f"deciding on {len(curves)} series"):
-        found = onsets.verdicts(curves, level, margin, after, rho, laws)
+    with progress.Bar() as bar:
+        found = onsets.verdicts(curves, level, margin, after, rho, laws, bar.each)
         lags, runs = onsets.lags(found), onsets.runs(found)
     spectra = list(dict.fromkeys(v.curve.metric for v in found if v.curve.spectral))
     together = onsets.associations(runs, spectra, covariates.split(",") if covariates else [])

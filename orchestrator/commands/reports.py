@@ -48,7 +48,7 @@ def report(names: tuple[str, ...], out: Path, paper: bool, tolerance: float, as_
     if len({d.name for d in directories}) < len(directories):
         raise BadInput("SWEEP: two directories of one name cannot be told apart in a report")
     with progress.Bar() as bar, blame(names[0]):
-        made = reports.make(directories, paper, tolerance, bar.preparing)
+        made = reports.make(directories, paper, tolerance, bar.preparing, bar.each)
         bar.preparing("figures for print")
         files = reports.write(made, directories[0] / "report")
     if as_json:

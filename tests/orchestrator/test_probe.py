@@ -232,7 +232,13 @@ def test_the_same_again_measures_nothing(second: Told, third: Told) -> None:
 def test_figures_are_drawn_from_what_was_measured(user: Path, third: Told) -> None:
     done = command("figures", "ours", "--paper", cwd=user)
     files = [user / line for line in done.stdout.splitlines()]
-    names = ("anisotropy_by_depth", "perplexity", "spectrum_heatmap", "singular_entropy")
+    names = (
+        "loss_along_training",
+        "anisotropy_by_depth",
+        "perplexity",
+        "spectrum_heatmap",
+        "singular_entropy",
+    )
     assert [f.name for f in files] == [f"{n}.{kind}" for n in names for kind in ("png", "svg")]
     for png, svg in zip(files[::2], files[1::2], strict=True):
         assert png.read_bytes().startswith(b"\x89PNG")

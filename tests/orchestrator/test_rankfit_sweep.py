@@ -116,7 +116,7 @@ def test_what_is_shown_is_what_the_records_hold(swept: Path) -> None:
         line = next(x for x in shown.splitlines() if x.split()[:2] == [
             row["family"], str(row["rank"] or "full")])  # fmt: skip
         assert f"{row['loss']:.3f}" in line and f"{row['gap']:+.3f}" in line
-    for words in ("required rank, linear heads", "unigram", "ranks_", "lmsat ui"):
+    for words in ("required rank, linear heads", "unigram", "report/report.html", "lmsat ui"):
         assert words in shown
     assert "Traceback" not in said and "Warning" not in said
     again = schemas.check("ranks", command("ranks", "tiny", "--json", cwd=swept).stdout)
@@ -136,8 +136,8 @@ def test_every_head_has_a_run_of_its_own(swept: Path) -> None:
     assert set(children) == set(ledger.read(sweep)) and len(runs) == len(children) + 1
     (parent,) = (r for r in runs if "lmsat.trial" not in r.data.tags)
     drawn = [a.path for a in client.list_artifacts(parent.info.run_id)]
-    figures = {Path(name).stem.split("_")[0] for name in drawn if not name.endswith(".html")}
-    assert figures == {"ranks", "werror"} and "report.html" in drawn
+    figures = {Path(name).stem.split("_")[0] for name in drawn if name.endswith(".png")}
+    assert figures == {"ranks", "werror"} and {"report.html", "grid.yaml"} <= {*drawn}
     held_out = records.scan(sweep, "scalars").filter(
         (pl.col("metric") == "loss") & (pl.col("split") == "held_out")
     )
