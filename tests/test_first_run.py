@@ -70,7 +70,8 @@ def test_a_wheel_carries_the_three_rooms_and_the_grids(tmp_path: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
     shipped = {f"orchestrator/grids/{p.name}" for p in grid.SHIPPED.glob("*.yaml")}
-    assert shipped and shipped | {"trainables/deepspeed.yaml"} <= names
+    shipped |= {f"analysis/page/report.{kind}" for kind in ("css", "js")}
+    assert len(shipped) > 5 and shipped | {"trainables/deepspeed.yaml"} <= names
     rooms = {n.split("/")[0] for n in names if n.endswith(".py")}
     assert rooms == {"orchestrator", "trainables", "analysis"}
     assert any(n.endswith("licenses/LICENSE") for n in names)
