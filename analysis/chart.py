@@ -10,7 +10,7 @@ from typing import Any
 
 import polars as pl
 
-from analysis import atomic
+from analysis import atomic, tables
 
 PAPER = Path(__file__).parent / "paper"
 
@@ -102,12 +102,11 @@ def points(frame: pl.DataFrame, kind: str, panel: str = "", **columns: Any) -> p
 
 def some(frame: pl.DataFrame, by: str, most: int = MOST) -> tuple[pl.DataFrame, str]:
     """At most so many of what `by` tells apart, evenly over its order; and what to say of it."""
-    names = frame[by].unique(maintain_order=True)
+    names = frame[by].unique(maintain_order=True).to_list()
     if len(names) <= most:
         return frame, ""
-    kept = names.gather([round(i * (len(names) - 1) / (most - 1)) for i in range(most)])
     told = f" {most} of {len(names):,} series are shown."
-    return frame.filter(pl.col(by).is_in(kept.implode())), told
+    return frame.filter(pl.col(by).is_in(tables.evenly(names, most))), told
 
 
 def shown(points: pl.DataFrame, panel: Panel) -> pl.DataFrame:

@@ -2,15 +2,13 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import polars as pl
 
-from analysis import bound_figures, dimensions, onsets, ranks, shortfall, summary
+from analysis import bound_figures, dimensions, onsets, shortfall, summary
+from analysis.evidence import Evidence
 from analysis.onsets import Verdict
-from analysis.prediction import Prediction
-from analysis.ranks import Fitted
 
 AGREES, DISAGREES, CANNOT = "agrees", "disagrees", "cannot tell"
 DEPARTS = 0.1  # nats: a gap that Figure 8 would show as leaving the flat part
@@ -28,25 +26,6 @@ class Claim:
     """The numbers of these records, or why nothing can be said."""
 
 
-@dataclass(frozen=True)
-class Evidence:
-    """What the claims are set against."""
-
-    directories: Sequence[Path]
-    """All of them."""
-    verdicts: Sequence[Verdict]
-    short: Prediction | str
-    frozen: Sequence[tuple[Path, Fitted]]
-
-
-def gather(directories: Sequence[Path]) -> Evidence:
-    """From sweeps, probes and counts."""
-    trained = [d for d in directories if summary.kinds(d) & summary.ALIVE]
-    verdicts, _ = summary.judged(trained)
-    frozen = [(d, one) for d in directories for one in ranks.fitted(d)]
-    return Evidence(directories, verdicts, shortfall.shortfall(trained), frozen)
-
-
 def judge(evidence: Evidence) -> list[Claim]:
     """Each claim, in the paper's order."""
     return [Claim(figure, says, *find(evidence)) for figure, says, find in CLAIMS]
@@ -55,17 +34,26 @@ def judge(evidence: Evidence) -> list[Claim]:
 Found = tuple[str, str]
 
 
-def _saturates(evidence: Evidence) -> Found:
-    losses = _by_size(evidence, lambda v: v.curve.kind == "loss" and not v.curve.spectral)
-    known = [v for v in losses if v.kind != "cannot tell"]
-    if len(known) < 2:
-        return CANNOT, _why(losses, "held-out losses along training of two models or more")
-    worse = [v for v in known if v.kind == "worsens"]
-    kinds = ", ".join(f"{v.curve.model}: {v.kind}" for v in known)
-    if not worse:
-        return DISAGREES, kinds
-    small = max(_size(v) for v in worse) < max(map(_size, known))
-    return (AGREES if small else DISAGREES), kinds
+def _only_small(
+    wanted: Callable[[Verdict], bool], kind: str, needed: str
+) -> Callable[[Evidence], Found]:
+    """Whether series of that verdict are there, and none is the largest model's."""
+
+    def find(evidence: Evidence) -> Found:
+        series = _by_size(evidence, wanted)
+        known = [v for v in series if v.kind != "cannot tell"]
+        if len(known) < 2:
+            return CANNOT, _why(series, f"{needed} along training of two models or more")
+        found = ", ".join(f"{v.curve.model}: {v.kind}" for v in known)
+        fell = [_size(v) for v in known if v.kind == kind]
+        small = bool(fell) and max(fell) < max(map(_size, known))
+        return (AGREES if small else DISAGREES), found
+
+    return find
+
+
+def _is_entropy(verdict: Verdict) -> bool:
+    return verdict.curve.metric == "singular_entropy"
 
 
 def _short_of_law(kind: str) -> Callable[[Evidence], Found]:
@@ -89,23 +77,11 @@ def _anisotropic(evidence: Evidence) -> Found:
     return (AGREES if first - other > onsets.COLLAPSE["cosine"] else DISAGREES), found
 
 
-def _collapses(evidence: Evidence) -> Found:
-    entropies = _by_size(evidence, lambda v: v.curve.metric == "singular_entropy")
-    known = [v for v in entropies if v.kind != "cannot tell"]
-    if len(known) < 2:
-        return CANNOT, _why(entropies, "singular entropies along training of two models or more")
-    fell = [v for v in known if v.kind == "collapses"]
-    found = ", ".join(f"{v.curve.model}: {v.kind}" for v in known)
-    if not fell:
-        return DISAGREES, found
-    return (AGREES if max(map(_size, fell)) < max(map(_size, known)) else DISAGREES), found
-
-
 def _together(evidence: Evidence) -> Found:
     losses = {v.curve.model: v for v in evidence.verdicts if v.curve.metric == "loss"}
     pairs = [
         (losses[v.curve.model], v)
-        for v in _by_size(evidence, lambda v: v.curve.metric == "singular_entropy")
+        for v in _by_size(evidence, _is_entropy)
         if v.curve.model in losses
     ]
     known = [(a, b) for a, b in pairs if "cannot tell" not in (a.kind, b.kind)]
@@ -212,14 +188,15 @@ def _names(names: Sequence[str]) -> str:
 
 CLAIMS: tuple[tuple[str, str, Callable[[Evidence], Found]], ...] = (
     ("1a", "the loss of models up to 160M gets worse late in training, larger ones' does not",
-     _saturates),
+     _only_small(lambda v: v.curve.kind == "loss", "worsens", "held-out losses")),
     ("1b", "final checkpoints of small models are 8 % above the law of the larger ones",
      _short_of_law("final")),
     ("1b", "their best checkpoints are about 4 % above it", _short_of_law("best")),
     ("Table 1", "zero-shot scores of a saturated model fall with it", _tasks),
     ("2", "small models' last layers are anisotropic (.96 to .99), larger ones' not (.15 to .2)",
      _anisotropic),
-    ("4, 5", "small models' spectra flatten, then collapse; large ones' do not", _collapses),
+    ("4, 5", "small models' spectra flatten, then collapse; large ones' do not",
+     _only_small(_is_entropy, "collapses", "singular entropies")),
     ("3, 5", "the collapse comes with the saturation", _together),
     ("6", "heads of low rank on a frozen model lose", _low_ranks),
     ("6", "ranks below 1,000 lose noticeably", _knee),

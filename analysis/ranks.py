@@ -36,6 +36,12 @@ class Required:
     """The highest rank below d: an answer above it says `more than this`."""
     tolerance: float
 
+    def said(self, rank: int) -> str:
+        """An answer, or an end of its interval, as far as the ranks tried tell it."""
+        if rank <= self.at_least:
+            return f"{self.at_least} or less"
+        return f"more than {self.at_most}" if rank > self.at_most else str(rank)
+
 
 @dataclass(frozen=True)
 class Fitted:

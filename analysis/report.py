@@ -2,7 +2,7 @@
 print, with every plotted number."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,7 @@ from analysis import (
     dimension_figures,
     dimensions,
     figures,
-    onsets,
     printed,
-    rankgaps,
-    ranks,
     records,
     shortfall,
     summary,
@@ -28,7 +25,7 @@ from analysis import (
     webpage,
 )
 from analysis.chart import Chart
-from analysis.ranks import TOLERANCE
+from analysis.evidence import Evidence
 from analysis.webpage import Report, Table
 
 TRIALS = 200  # rows of the table of trials
@@ -48,32 +45,15 @@ NEEDS = {
 }
 
 
-def make(
-    directories: Sequence[Path],
-    paper: bool = False,
-    tolerance: float = TOLERANCE,
-    preparing: Callable[[str], None] = lambda what: None,
-    each: onsets.Each = iter,
-) -> Report:
-    """All that the records of these allow. `paper`: with the paper's own readings. `tolerance`:
-    nats per token by which a head may fall short."""
-    kinds = {d: summary.kinds(d) for d in directories}
-    alive = [d for d in directories if kinds[d] & summary.ALIVE]
-    preparing("losses and laws")
-    short = shortfall.shortfall(alive)
-    preparing("ranks")
-    trained = [(d, one) for d in alive for one in rankgaps.trained(d, tolerance)]
-    frozen = [(d, one) for d in directories if "rankfit" in kinds[d]
-              for one in ranks.fitted(d, tolerance)]  # fmt: skip
-    preparing("saturation")
-    verdicts, looked = summary.judged(alive, each)
+def make(evidence: Evidence, paper: bool = False) -> Report:
+    """All that the records allow. `paper`: with the paper's own readings."""
+    directories, alive, short = evidence.directories, evidence.alive, evidence.short
     answers = (
-        summary.bottleneck([one for _, one in trained], [one for _, one in frozen]),
-        summary.saturation(verdicts, looked),
+        summary.bottleneck(evidence.trained, [one for _, one in evidence.frozen]),
+        summary.saturation(evidence.verdicts, evidence.looked),
         summary.shortfall(short),
         summary.language(directories),
     )
-    preparing("figures")
     found = trajectories.charts(alive, paper) if alive else []
     if not isinstance(short, str):
         found.append(shortfall.law_chart(short, paper))
@@ -81,7 +61,7 @@ def make(
         ends = tables.final_losses(directory)
         if ends["rank"].n_unique() > 1:
             found.append(_of(directory, figures.loss_vs_rank(ends), directories))
-    for directory, one in frozen:
+    for directory, one in evidence.frozen:
         found.append(_of(directory, figures.ranks(one, paper), directories))
         both = bound_figures.w_errors(directory, one)
         if both.height:
@@ -116,7 +96,7 @@ def write(report: Report, folder: Path, kinds: Sequence[str] = printed.KINDS) ->
     for one in report.charts:
         files += printed.write(one, folder / one.name, tuple(kinds)) if kinds else []
         files.append(chart.write_csv(one, folder / f"{one.name}.csv"))
-    atomic.write_text(files[0], webpage.page(report))
+    atomic.write_text(files[0], webpage.page(report, kinds))
     return files
 
 
@@ -161,7 +141,7 @@ def _zero_shot(directory: Path) -> Table | None:
 
 
 def _trials(directory: Path) -> Table:
-    rows = records.scan(directory, "trials").filter(pl.col("kind").is_in(list(summary.ALIVE)))
+    rows = records.scan(directory, "trials").filter(pl.col("kind").is_in(list(tables.ALIVE)))
     trials = rows.sort("params", "name", nulls_last=True).collect()
     losses = records.scan(directory, "scalars").filter(split="held_out", metric="loss")
     last = losses.sort("step").group_by("trial").agg(

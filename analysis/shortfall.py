@@ -6,7 +6,7 @@ from pathlib import Path
 
 import polars as pl
 
-from analysis import prediction, records, trajectories
+from analysis import prediction, records, tables, trajectories
 from analysis.chart import PAPER, Axis, Chart, Panel, points
 from analysis.errors import BadInput
 from analysis.prediction import Prediction
@@ -18,7 +18,7 @@ def ends(directory: Path) -> pl.DataFrame:
     """Final and best held-out loss (nats per token) of each model with its own full head: name,
     kind, params, tokens, step, loss."""
     trials = records.scan(directory, "trials").filter(
-        pl.col("kind").is_in(["pretrain", "probe"]),
+        pl.col("kind").is_in(list(tables.ALIVE)),
         pl.col("rank").is_null(),
         pl.col("params").is_not_null(),
         pl.col("status") == "done",

@@ -1,21 +1,18 @@
 """What the records say, in words with the numbers in them; and what they cannot say."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import polars as pl
 
-from analysis import dimensions, onsets, records
+from analysis import dimensions, records
 from analysis import shortfall as law
-from analysis.curves import Curve, of_records
 from analysis.onsets import Verdict
 from analysis.prediction import Prediction
 from analysis.rankgaps import Trained
 from analysis.ranks import LEVEL, Fitted, Required
 
-JUDGED = 100  # trials whose saturation is decided on; of more, evenly by name
-ALIVE = {"pretrain", "probe"}  # kinds of trials that are seen along training
 NAMED = 6  # that a sentence names
 
 
@@ -23,11 +20,6 @@ NAMED = 6  # that a sentence names
 class Answer:
     question: str
     lines: tuple[str, ...]
-
-
-def kinds(directory: Path) -> set[str]:
-    """Of the trials that have records there."""
-    return set(records.scan(directory, "trials").select("kind").unique().collect()["kind"])
 
 
 def bottleneck(trained: Sequence[Trained], frozen: Sequence[Fitted]) -> Answer:
@@ -56,40 +48,15 @@ def _trained(one: Trained) -> str:
 
 def required(r: Required) -> str:
     """Which rank, with its interval; censored at the ends of the ranks tried."""
-    answer, low, high = (_end(rank, r) for rank in (r.rank, r.low, r.high))
+    answer, low, high = map(r.said, (r.rank, r.low, r.high))
     interval = "" if answer == low == high else f" ({100 * LEVEL:.0f} %: {low} to {high})"
     return f"to be within {r.tolerance:g} nats takes rank {answer}{interval}"
-
-
-def _end(rank: int, r: Required) -> str:
-    if rank <= r.at_least:
-        return f"{r.at_least} or less"
-    return f"more than {r.at_most}" if rank > r.at_most else str(rank)
 
 
 def _nats(gap: float | None, low: float | None, high: float | None) -> str:
     if gap is None or low is None or high is None:
         return "an unknown number of nats"
     return f"{gap:+.3f} nats [{low:+.3f}, {high:+.3f}]"
-
-
-def judged(directories: Sequence[Path], each: onsets.Each = iter) -> tuple[list[Verdict], str]:
-    """Of series of losses, heads and hidden states; and how many of the trials were looked at."""
-    curves, seen, every = list[Curve](), 0, 0
-    for directory in directories:
-        trials = records.scan(directory, "trials").filter(pl.col("kind").is_in(list(ALIVE)))
-        ids = trials.sort("name", "trial").select("trial").collect()["trial"].to_list()
-        every += len(ids)
-        if len(ids) > JUDGED:
-            ids = [ids[round(i * (len(ids) - 1) / (JUDGED - 1))] for i in range(JUDGED)]
-        seen += len(ids)
-        found = of_records(directory, ids)
-        if len(directories) > 1:
-            found = [replace(c, model=f"{directory.name}: {c.model}") for c in found]
-        curves += found
-    return onsets.verdicts(
-        curves, each=each
-    ), "" if seen == every else f"{seen} of {every:,} trials"
 
 
 def saturation(verdicts: Sequence[Verdict], looked: str) -> Answer:

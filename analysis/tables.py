@@ -1,10 +1,27 @@
 """Tables made from a sweep's records."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import polars as pl
 
 from analysis import records
+
+ALIVE = {"pretrain", "probe"}  # kinds of trials that are seen along training
+T = TypeVar("T")
+
+
+def kinds(directory: Path) -> set[str]:
+    """Of the trials that have records there."""
+    return set(records.scan(directory, "trials").select("kind").unique().collect()["kind"])
+
+
+def evenly(items: Sequence[T], most: int) -> Sequence[T]:
+    """At most so many of them, the first and the last among them."""
+    if len(items) <= most:
+        return items
+    return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]
 
 
 def final_losses(sweep: Path) -> pl.DataFrame:

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 
@@ -37,13 +38,12 @@ class Report:
     """Figures that the records cannot support: what they would need."""
 
 
-def page(report: Report) -> str:
-    """As HTML; whatever a name holds is text there."""
+def page(report: Report, kinds: Sequence[str] = printed.KINDS) -> str:
+    """As HTML; whatever a name holds is text there. `kinds`: of files that figures have beside."""
     from plotly.offline import get_plotlyjs
 
-    data = json.dumps(
-        {c.name: {"plots": interactive.plots(c)} for c in report.charts}, separators=(",", ":")
-    )
+    plots = {c.name: interactive.plots(c) for c in report.charts}
+    data = json.dumps({name: {"plots": own} for name, own in plots.items()}, separators=(",", ":"))
     data = data.replace("<", "\\u003c")  # nothing in it ends the script
     css, script = ((PAGE / f"report.{kind}").read_text() for kind in ("css", "js"))
     return "\n".join([
@@ -55,7 +55,7 @@ def page(report: Report) -> str:
         f'<p class="soft">{escape(report.facts)}</p></header>\n<main>',
         *_summary(report.answers),
         *_contents(report.charts),
-        *(line for one in report.charts for line in _figure(one)),
+        *(line for one in report.charts for line in _figure(one, plots[one.name], kinds)),
         *(line for one in report.tables for line in _table(one)),
         *_missing(report.missing),
         '<p id="said" class="unseen" aria-live="polite"></p></main>',
@@ -79,14 +79,14 @@ def _contents(charts: Sequence[Chart]) -> Iterable[str]:
     yield f'<nav aria-label="Figures"><ol>{"".join(links)}</ol></nav>'
 
 
-def _figure(one: Chart) -> Iterable[str]:
+def _figure(one: Chart, plots: list[dict[str, Any]], kinds: Sequence[str]) -> Iterable[str]:
     name = escape(one.name)
     heading = escape(one.heading)
     yield f'<section id="{name}"><h2>{heading}</h2><figure aria-label="{heading}">'
     cells = " cells" if one.points["kind"].eq("cells").any() else ""
     alone = " one" if len(one.panels) == 1 else ""
     yield f'<div class="panels{alone}{cells}">'
-    for i, plot in enumerate(interactive.plots(one)):
+    for i, plot in enumerate(plots):
         yield (
             f'<div class="plot" tabindex="0" role="img" data-chart="{name}" data-panel="{i}" '
             f'aria-label="{escape(plot["label"])}; arrow keys read its points"></div>'
@@ -97,7 +97,7 @@ def _figure(one: Chart) -> Iterable[str]:
         yield from (_entry(entry) for entry in entries)
         yield "</div>"
     yield f"<figcaption>{escape(one.caption)}</figcaption></figure>"
-    links = (f'<a href="{name}.{kind}">{kind.upper()}</a>' for kind in (*printed.KINDS, "csv"))
+    links = (f'<a href="{name}.{kind}">{kind.upper()}</a>' for kind in (*kinds, "csv"))
     button = f'<button type="button" class="csv" data-chart="{name}">Numbers</button>'
     yield f'<div class="files">{button}'
     yield f"<span>Beside this file: {' '.join(links)}</span></div></section>"

@@ -20,7 +20,7 @@ import numpy as np
 import polars as pl
 from playwright.sync_api import sync_playwright
 
-from analysis import records, report
+from analysis import evidence, records, report
 
 RANKS = (4, 8, 16, 32, None)
 GAP = {4: 0.4, 8: 0.2, 16: 0.1, 32: 0.05, None: 0.0}
@@ -130,7 +130,7 @@ def main(trials: int, probes: int) -> None:
             sweep = Path(folder) / "many"
             simulate(sweep, number, probes)
             began = time.perf_counter()
-            made = report.make([sweep])
+            made = report.make(evidence.gather([sweep]))
             read = time.perf_counter() - began
             page, *_ = report.write(made, sweep / "report", ("png", "svg"))
             wrote = time.perf_counter() - began - read

@@ -14,7 +14,7 @@ from pathlib import Path
 from textwrap import fill
 from typing import Any
 
-from analysis import atomic, claims, report
+from analysis import atomic, claims, evidence, report
 from analysis.errors import BadInput, Failed
 from analysis.webpage import Table
 from orchestrator import grid, ledger
@@ -129,8 +129,8 @@ def redo(
     seconds = run(wanted, out, said)
     said("claims and report ...")
     directories = [(out / step.name).resolve() for step in wanted]
-    found = claims.judge(claims.gather(directories))
-    made = report.make(directories, paper=True)
+    known = evidence.gather(directories)
+    found, made = claims.judge(known), report.make(known, paper=True)
     caption = "Each claim of Godey et al. 2024 beside what these records say."
     told = Table("The paper's claims", caption, claims.table(found))
     page = report.write(replace(made, tables=(told, *made.tables)), directories[0] / "report")[0]

@@ -94,12 +94,7 @@ def _print_ranks(backbones: list[ranks.Fitted]) -> None:
 
 
 def required(r: ranks.Required) -> str:
-    def end(rank: int) -> str:
-        if rank <= r.at_least:
-            return f"{r.at_least} or less"
-        return f"more than {r.at_most}" if rank > r.at_most else str(rank)
-
-    answer, low, high = end(r.rank), end(r.low), end(r.high)
+    answer, low, high = map(r.said, (r.rank, r.low, r.high))
     return (
         answer if answer == low == high else f"{answer}, {100 * ranks.LEVEL:.0f} % [{low}, {high}]"
     )
@@ -169,8 +164,7 @@ def print_measured(directory: Path, failed: dict[str, str], as_json: bool) -> No
     columns = [c for c in SHOWN if c[0] in found.columns] + [(t, t, 3) for t in tasks]
     rows = found.to_dicts()
     if len(rows) > ROWS:
-        kept = {round(i * (len(rows) - 1) / (ROWS - 1)) for i in range(ROWS)}
-        rows = [row for i, row in enumerate(rows) if i in kept]
+        rows = [*tables.evenly(rows, ROWS)]
         print(f"{len(rows)} of {found.height} checkpoints; all are in the records")
     print_table(
         ("model", "step", *(heading for _, heading, _ in columns)),

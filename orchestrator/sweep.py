@@ -21,7 +21,7 @@ from ray import tune
 from ray.tune.progress_reporter import TrialProgressCallback
 from ray.tune.trainable import wrap_function
 
-from analysis import atomic, ranks, report, sealed
+from analysis import atomic, evidence, ranks, report, sealed
 from analysis.errors import BadInput, Failed, blame, full, one_line
 from orchestrator import cluster, integrity, lease, ledger, place, plan, search, team, tracking
 from orchestrator.driver import Driver, Watcher, last_line
@@ -193,7 +193,7 @@ def _show(sweep: Path, watcher: Watcher) -> None:
     """Draw what was found; what was trained does not end with a page that cannot be made."""
     watcher.preparing("the report")
     try:
-        report.write(report.make([sweep]), sweep / "report", ("png", "svg"))
+        report.write(report.make(evidence.gather([sweep])), sweep / "report", ("png", "svg"))
     except Exception as error:
         if full(error):
             raise

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Browser, Page
 
-from analysis import report
+from analysis import evidence, report
 from tests import kinds
 from tests.browser import chromium, keep
 
@@ -22,7 +22,7 @@ def browser() -> Iterator[Browser]:
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("report")
-    found = report.make(kinds.every(folder), paper=True)
+    found = report.make(evidence.gather(kinds.every(folder)), paper=True)
     return report.write(found, folder / "report", ())[0]
 
 
@@ -78,7 +78,7 @@ def test_every_figure_is_there_at_every_width(
 def test_hover_keys_and_names_tell_the_numbers(browser: Browser, made: Path) -> None:
     errors: list[str] = []
     page = opened(browser, made, errors, viewport={"width": 1280, "height": 900})
-    plot = page.locator("#loss_vs_rank_pretrain .plot, #pretrain_loss_vs_rank .plot").first
+    plot = page.locator("#pretrain_loss_vs_rank .plot")
     plot.scroll_into_view_if_needed()
     plot.locator(".main-svg").first.wait_for()
     label = plot.get_attribute("aria-label")
@@ -94,7 +94,7 @@ def test_hover_keys_and_names_tell_the_numbers(browser: Browser, made: Path) -> 
     plot.press("ArrowDown")
     plot.press("ArrowRight")
     said = page.locator("#said").inner_text()
-    assert said == "nano-16: 4.2 at 8, [4.186, 4.218], 8" or said.startswith("nano-16: ")
+    assert said.startswith("nano-16: ")
     value = float(said.split(": ")[1].split(" at ")[0])
     expected = kinds.loss(16, int(float(said.split(" at ")[1].split(",")[0])), kinds.STEPS[-1])
     assert value == pytest.approx(expected, abs=0.01)
@@ -132,7 +132,7 @@ def test_on_paper_all_figures_are_drawn_and_light(
 def test_numbers_are_saved_from_the_page_alone(browser: Browser, made: Path) -> None:
     page = opened(browser, made, [])
     with page.expect_download() as download:
-        page.locator("#w_error button.csv, #dimension_w_error button.csv").click()
+        page.locator("#dimension_w_error button.csv").click()
     lines = Path(download.value.path()).read_text().splitlines()
     assert lines[0] == "panel,series,x,y" and "0,c t paper,500,0.5" in lines
     page.context.close()

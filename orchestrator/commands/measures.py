@@ -1,8 +1,10 @@
 """Measure checkpoints, corpora and heads."""
 
 import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
@@ -93,18 +95,12 @@ def probe(
         **settings,
     )
     found = series.resolve(models, revisions, folders, out, tensor, pickle)
-    try:
-        with progress.Bar() as bar:
-            failed = probing.run(found, wanted, out / name, tracking_uri, cache(), bar, paper)
-    except KeyboardInterrupt:
-        click.echo("stopped; the same command goes on from here", err=True)
-        raise
+    with _resumable(), progress.Bar() as bar:
+        failed = probing.run(found, wanted, out / name, tracking_uri, cache(), bar, paper)
     result_tables.print_measured(out / name, failed, as_json)
     if not as_json:
         terminal.print_next(out / name, out, tracking_uri)
-    if failed:
-        click.echo(f"could not be measured, see above: {', '.join(failed)}", err=True)
-    sys.exit(1 if failed else 0)
+    _end(failed)
 
 
 @click.command(
@@ -229,19 +225,13 @@ def dimension(
         **settings,
     )
     told = read_whole("--at", at)
-    try:
-        with progress.Bar() as bar:
-            failed = dimensions.run(wanted, out / name, tracking_uri, cache(), spill, bar, paper)
-    except KeyboardInterrupt:
-        click.echo("stopped; the same command goes on from here", err=True)
-        raise
+    with _resumable(), progress.Bar() as bar:
+        failed = dimensions.run(wanted, out / name, tracking_uri, cache(), spill, bar, paper)
     if (out / name).is_dir():
         dimension_tables.print_dimensions(out / name, told, as_json, failed)
         if not as_json:
             terminal.print_next(out / name, out, tracking_uri)
-    if failed:
-        click.echo(f"could not be measured, see above: {', '.join(failed)}", err=True)
-    sys.exit(1 if failed else 0)
+    _end(failed)
 
 
 @click.command(
@@ -302,3 +292,19 @@ def bounds(
         terminal.print_json({**answer, "files": [str(file) for file in files]})
     else:
         bounding.print_bounds(found, files)
+
+
+@contextmanager
+def _resumable() -> Iterator[None]:
+    """Says so where it is stopped."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        click.echo("stopped; the same command goes on from here", err=True)
+        raise
+
+
+def _end(failed: Iterable[str]) -> NoReturn:
+    if failed:
+        click.echo(f"could not be measured, see above: {', '.join(failed)}", err=True)
+    sys.exit(1 if failed else 0)

@@ -6,14 +6,7 @@ import click
 
 from analysis.errors import BadInput, blame
 from orchestrator import completing
-from orchestrator.commands.options import Number, json_option, out_option
-
-
-def _measured(name: str, out: Path) -> Path:
-    from orchestrator import sources
-    from orchestrator.commands.options import directory_of
-
-    return sources.directory(name, out) or directory_of(name, out)
+from orchestrator.commands.options import Number, json_option, out_option, recorded
 
 
 @click.command(
@@ -41,15 +34,17 @@ def report(names: tuple[str, ...], out: Path, paper: bool, tolerance: float, as_
 
     Each figure also as PNG, SVG, PDF and CSV beside it, in the report of the first SWEEP.
     """
+    from analysis import evidence
     from analysis import report as reports
     from orchestrator import progress, terminal
 
-    directories = [_measured(name, out).resolve() for name in dict.fromkeys(names)]
+    directories = [recorded(name, out).resolve() for name in dict.fromkeys(names)]
     if len({d.name for d in directories}) < len(directories):
         raise BadInput("SWEEP: two directories of one name cannot be told apart in a report")
     with progress.Bar() as bar, blame(names[0]):
-        made = reports.make(directories, paper, tolerance, bar.preparing, bar.each)
-        bar.preparing("figures for print")
+        known = evidence.gather(directories, tolerance, bar.preparing, bar.each)
+        bar.preparing("figures")
+        made = reports.make(known, paper)
         files = reports.write(made, directories[0] / "report")
     if as_json:
         terminal.print_json({**reports.as_json(made), "files": [str(file) for file in files]})
@@ -77,7 +72,7 @@ def compare(first: str, second: str, out: Path, as_json: bool) -> None:
     from analysis import comparison
     from orchestrator import terminal
 
-    a, b = _measured(first, out), _measured(second, out)
+    a, b = recorded(first, out), recorded(second, out)
     found = comparison.compare(a, b)
     if found.trials.is_empty():
         raise BadInput(f"{first} and {second} have no finished trial of one name")

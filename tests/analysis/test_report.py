@@ -13,6 +13,7 @@ from analysis import (
     chart,
     claims,
     comparison,
+    evidence,
     rankgaps,
     records,
     report,
@@ -38,7 +39,7 @@ def every(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 @pytest.fixture(scope="module")
 def made(every: list[Path]) -> webpage.Report:
-    return report.make(every, paper=True)
+    return report.make(evidence.gather(every), paper=True)
 
 
 def test_gaps_of_trained_heads_are_those_of_the_world(sweep: Path) -> None:
@@ -96,8 +97,8 @@ def test_what_saturates_is_named_with_its_onset(made: webpage.Report) -> None:
 def test_of_very_many_trials_some_are_judged_and_the_report_says_so(
     sweep: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(summary, "JUDGED", 5)
-    verdicts, looked = summary.judged([sweep])
+    monkeypatch.setattr(evidence, "JUDGED", 5)
+    verdicts, looked = evidence.judged([sweep])
     assert len({v.curve.model for v in verdicts}) == 5 and looked == "5 of 48 trials"
     assert "5 of 48 trials were looked at" in summary.saturation(verdicts, looked).lines[0]
 
@@ -119,7 +120,7 @@ def test_records_of_every_kind_give_every_figure(made: webpage.Report) -> None:
 
 def test_what_is_missing_is_said(tmp_path: Path) -> None:
     kinds.dimension(tmp_path)
-    alone = report.make([tmp_path])
+    alone = report.make(evidence.gather([tmp_path]))
     assert [c.number for c in alone.charts] == ["Figure 7"]
     assert len(alone.missing) == 9 and "rankfit" in alone.missing["Figure 8"]
     assert "there is" not in alone.missing["Figure 1b"]
@@ -183,8 +184,8 @@ def test_claims_are_judged_by_what_the_world_is(
     every: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The smallest model worsens, every spectrum collapses, no layer differs, two fall short."""
-    monkeypatch.setattr(summary, "JUDGED", 12)
-    found = {c.says: (c.verdict, c.found) for c in claims.judge(claims.gather(every))}
+    monkeypatch.setattr(evidence, "JUDGED", 12)
+    found = {c.says: (c.verdict, c.found) for c in claims.judge(evidence.gather(every))}
     verdicts = [verdict for verdict, _ in found.values()]
     assert verdicts == [
         "agrees", "agrees", "agrees", "cannot tell", "disagrees", "disagrees", "disagrees",
@@ -198,6 +199,6 @@ def test_claims_are_judged_by_what_the_world_is(
 
 def test_without_evidence_no_claim_is_judged(tmp_path: Path) -> None:
     records.write(tmp_path, "trials", "t", 0, [])
-    judged = claims.judge(claims.gather([tmp_path]))
+    judged = claims.judge(evidence.gather([tmp_path]))
     assert {c.verdict for c in judged} == {"cannot tell"} and len(judged) == 11
     assert all(c.found for c in judged)
