@@ -14,6 +14,10 @@ test: .venv/ready
 	$(BIN)/mypy
 	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
+# The site, for `python3 -m http.server -d site`: every link and anchor has to lead somewhere.
+docs: .venv/ready
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+
 # What is known against the packages of the lock file.
 audit:
 	$(PYTHON) -m venv .venv/audit
@@ -32,4 +36,4 @@ chaos: .venv/ready
 	$(BIN)/python -m pip install --progress-bar off -q -c constraints.txt -e . --group dev
 	touch $@
 
-.PHONY: sweep test chaos audit
+.PHONY: sweep test docs chaos audit

@@ -1,5 +1,6 @@
 """What Godey et al. 2024 claim, each beside what records say: agrees, disagrees, cannot tell."""
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -44,7 +45,7 @@ def _only_small(
         known = [v for v in series if v.kind != "cannot tell"]
         if len(known) < 2:
             return CANNOT, _why(series, f"{needed} along training of two models or more")
-        found = ", ".join(f"{v.curve.model}: {v.kind}" for v in known)
+        found = _each(series)
         fell = [_size(v) for v in known if v.kind == kind]
         small = bool(fell) and max(fell) < max(map(_size, known))
         return (AGREES if small else DISAGREES), found
@@ -72,7 +73,8 @@ def _anisotropic(evidence: Evidence) -> Found:
     last = _last(evidence, "anisotropy")
     if len(last) < 2:
         return CANNOT, "the last layer's anisotropy of two sizes is needed"
-    (small, first), (large, other) = last[0], last[-1]
+    (_, first), (_, other) = last[0], last[-1]
+    small, large = _plain([last[0][0], last[-1][0]])
     found = f"{small} {first:.2f}, {large} {other:.2f}"
     return (AGREES if first - other > onsets.COLLAPSE["cosine"] else DISAGREES), found
 
@@ -85,11 +87,17 @@ def _together(evidence: Evidence) -> Found:
         if v.curve.model in losses
     ]
     known = [(a, b) for a, b in pairs if "cannot tell" not in (a.kind, b.kind)]
-    both = [a.curve.model for a, b in known if a.kind == "worsens" and b.kind == "collapses"]
-    harmless = [a.curve.model for a, b in known if a.kind != "worsens" and b.kind == "collapses"]
-    if not both and not harmless:
+    fell = [a for a, b in known if b.kind == "collapses"]
+    both = [a for a in fell if a.kind == "worsens"]
+    harmless = [a for a in fell if a.kind != "worsens"]
+    if not fell:
         return CANNOT, "no spectrum surely collapses"
-    found = f"with a loss that worsens: {_names(both)}; without: {_names(harmless)}"
+    said = {"the loss worsens": both, "the loss does not worsen": harmless}
+    found = "; ".join(
+        f"the spectrum collapses, {what}: {_names(_plain([v.curve.model for v in some]))}"
+        for what, some in said.items()
+        if some
+    )
     return (AGREES if both and not harmless else DISAGREES), found
 
 
@@ -177,8 +185,21 @@ def _last(evidence: Evidence, metric: str) -> list[tuple[str, float]]:
 
 
 def _why(verdicts: Sequence[Verdict], needed: str) -> str:
-    reasons = sorted({v.onset.reason for v in verdicts if v.onset.reason})
-    return "; ".join(reasons) if reasons else f"{needed} are needed"
+    return _each(verdicts) if verdicts else f"{needed} are needed"
+
+
+def _each(verdicts: Sequence[Verdict]) -> str:
+    """What became of each, and why that is not certain."""
+    names = _plain([v.curve.model for v in verdicts])
+    reasons = [f" ({v.onset.reason})" if v.kind == "cannot tell" else "" for v in verdicts]
+    rows = zip(names, verdicts, reasons, strict=True)
+    return _names([f"{name} {v.kind}{reason}" for name, v, reason in rows])
+
+
+def _plain(names: Sequence[str]) -> list[str]:
+    """Without rank and seed, where these do not tell them apart."""
+    short = [re.sub(r" [rs]=\S+", "", name) for name in names]
+    return short if len(set(short)) == len(set(names)) else [*names]
 
 
 def _names(names: Sequence[str]) -> str:

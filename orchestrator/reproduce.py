@@ -37,10 +37,17 @@ class Step:
 
 def _pythia(sizes: Sequence[str], tokens: int) -> tuple[str, ...]:
     models = [f"EleutherAI/pythia-{size}" for size in sizes]
-    text = "{hub: monology/pile-uncopyrighted, documents: 300}"
+    text = "{hub: monology/pile-uncopyrighted, documents: 1000}"  # a tenth: 50k tokens and more
     return (
         "probe", *models, "--revisions", "step{5000..140000..5000}", "--corpus", text,
         "--tokens", str(tokens), "--tasks", TASKS, "--gpus", "1", "--delete",
+    )  # fmt: skip
+
+
+def _counts(*arguments: str) -> tuple[str, ...]:
+    """Figure 7's estimate, and the one that noise does not add to."""
+    return (
+        "dimension", *arguments, "--estimate", "paper", "--estimate", "unbiased", "--samples", "1",
     )  # fmt: skip
 
 
@@ -54,8 +61,7 @@ SCALES: dict[str, tuple[Step, ...]] = {
         ),
         Step(
             ("7",),
-            ("dimension", "--tokenizer", "4096", "--tokenizer", "16384", "--estimate", "paper",
-             "--estimate", "unbiased", "--samples", "1"),
+            _counts("--tokenizer", "4096", "--tokenizer", "16384"),
             "godey2024-nano-ngrams",
         ),
     ),
@@ -64,8 +70,7 @@ SCALES: dict[str, tuple[Step, ...]] = {
         Step(("6", "8", "9"), ("sweep", "--grid", "godey2024-small.yaml"), "godey2024-small"),
         Step(
             ("7",),
-            ("dimension", "--corpus", "{hub: stanfordnlp/imdb}", "--tokenizer",
-             "EleutherAI/pythia-14m"),
+            _counts("--corpus", "{hub: stanfordnlp/imdb}", "--tokenizer", "EleutherAI/pythia-14m"),
             "godey2024-small-ngrams",
         ),
     ),
@@ -74,9 +79,11 @@ SCALES: dict[str, tuple[Step, ...]] = {
         Step(("6", "8", "9"), ("sweep", "--grid", "godey2024-paper.yaml"), "godey2024-paper"),
         Step(
             ("7",),
-            ("dimension", "--corpus", "{hub: stanfordnlp/imdb}", "--corpus",
-             "{hub: monology/pile-uncopyrighted, documents: 200_000}", "--tokenizer",
-             "EleutherAI/pythia-14m"),
+            _counts(
+                "--corpus", "{hub: stanfordnlp/imdb}", "--corpus",
+                "{hub: monology/pile-uncopyrighted, documents: 200_000}", "--tokenizer",
+                "EleutherAI/pythia-14m",
+            ),
             "godey2024-paper-ngrams",
         ),
     ),

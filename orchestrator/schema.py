@@ -116,7 +116,7 @@ class Head(_Section):
     with the parameters of a linear head of that rank. mos: a mixture of softmaxes. backward: a
     full head whose hidden gradient passes through few directions only."""
     rank: Annotated[Positive | None, BeforeValidator(lambda r: None if r == "full" else r)] = None
-    """r of W = A B (A: V x r, B: r x d), or full."""
+    """r of W = A B (A: V x r, B: r x d), or full, the default."""
     init: Literal["scaled", "svd", "normal"] = "scaled"
     """The start. scaled: logits of variance one. svd: the best rank-r head for the pretrained
     model's own, weighted by its hidden states (of rankfit). normal: N(0, 1), as in the paper."""

@@ -1,11 +1,11 @@
 """A Hugging Face hub on this machine: as much of its protocol as its client speaks when it reads
-models, and a record of what was asked.
+models and datasets, and a record of what was asked.
 
     with Hub({"owner/name": {"main": folder, "step1000": other}}) as hub:
         subprocess.run(command, env=hub.environment(tmp_path))
         assert hub.sent("model.safetensors") < 10_000
 
-The folders are listed once, when the hub is made.
+The folders are listed once, when the hub is made. Datasets are called datasets/owner/name.
 """
 
 import hashlib
@@ -74,7 +74,7 @@ class Tree:
 
 
 class Hub(ThreadingHTTPServer):
-    """Serves model repositories, {"owner/name": {revision: folder}}, while it is entered."""
+    """Serves repositories, {"owner/name": {revision: folder}}, while it is entered."""
 
     def __init__(self, repositories: Mapping[str, Mapping[str, Path]]) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
@@ -140,25 +140,51 @@ class _Handler(BaseHTTPRequestHandler):
     def do_HEAD(self) -> None:
         self.do_GET()
 
-    def _answer(self, parts: list[str], query: dict[str, list[str]]) -> None:
+    def do_POST(self) -> None:
+        """Of all that is asked so only this is answered: which of these paths there are."""
+        asked = parse_qs(self.rfile.read(int(self.headers["Content-Length"])).decode())
+        self.asked = Request(self.command, unquote(urlsplit(self.path).path))
+        self.server.requests.append(self.asked)
+        match self._repository(self.asked.path.split("/")[1:]):
+            case ["api", name, "paths-info", revision]:
+                entries = self.server.tree(name, revision).entries("", recursive=True)
+                self._json([e for e in entries if e["path"] in asked["paths"]])
+            case _:
+                self._json({}, 404)
+
+    def _repository(self, parts: list[str]) -> list[str]:
+        """A path whose repository is one part: owner/name of models, datasets/owner/name."""
         match parts:
-            case ["api", "models", owner, name, "refs"]:
-                self.server.tree(f"{owner}/{name}")
+            case ["api", "models", owner, name, *rest]:
+                return ["api", f"{owner}/{name}", *rest]
+            case ["api", "datasets", owner, name, *rest]:
+                return ["api", f"datasets/{owner}/{name}", *rest]
+            case ["datasets", owner, name, *rest]:
+                return [f"datasets/{owner}/{name}", *rest]
+            case [owner, name, *rest]:
+                return [f"{owner}/{name}", *rest]
+        return parts
+
+    def _answer(self, parts: list[str], query: dict[str, list[str]]) -> None:
+        match self._repository(parts):
+            case ["api", name, "refs"]:
+                self.server.tree(name)
                 branches = [
                     {"name": branch, "ref": f"refs/heads/{branch}", "targetCommit": tree.commit}
-                    for branch, tree in self.server.trees[f"{owner}/{name}"].items()
+                    for branch, tree in self.server.trees[name].items()
                 ]
                 self._json({"branches": branches, "converts": [], "tags": []})
-            case ["api", "models", owner, name, "tree", revision, *path]:
-                tree = self.server.tree(f"{owner}/{name}", revision)
+            case ["api", name, "tree", revision, *path]:
+                tree = self.server.tree(name, revision)
                 recursive = query.get("recursive", ["false"])[0].lower() == "true"
                 self._json(tree.entries("/".join(path), recursive))
-            case ["api", "models", owner, name, *rest] if rest[:1] in ([], ["revision"]):
-                tree = self.server.tree(f"{owner}/{name}", *rest[1:])
+            case ["api", name, *rest] if rest[:1] in ([], ["revision"]):
+                tree = self.server.tree(name, *rest[1:])
                 siblings = [{"rfilename": path} for path in tree.blobs]
-                self._json({"id": f"{owner}/{name}", "sha": tree.commit, "siblings": siblings})
-            case [owner, name, "resolve", revision, *path]:
-                self._file(self.server.tree(f"{owner}/{name}", revision), "/".join(path))
+                id = name.removeprefix("datasets/")
+                self._json({"id": id, "sha": tree.commit, "siblings": siblings})
+            case [name, "resolve", revision, *path]:
+                self._file(self.server.tree(name, revision), "/".join(path))
             case _:
                 raise Missing("EntryNotFound")
 

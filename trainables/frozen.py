@@ -8,6 +8,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from analysis import records, sealed
 from analysis.errors import BadInput, one_line
 from trainables import backbones, findings, gguf_header, hub
 
@@ -76,13 +78,18 @@ def folder(name: str) -> Path | None:
 
 
 def name(model: dict[str, Any]) -> str:
-    """What to call it: the GGUF file's, the trial's, the folder's or the hub's name."""
+    """What to call it: the GGUF file's, the folder's or the hub's name; of a trial its size and the
+    beginning of its id, nano-64@f63ae3."""
     path = Path(model["pretrained"])
     if model["gguf_file"]:
         return Path(model["gguf_file"]).stem
-    in_trial = path.name == "model" and path.parent.parent.name == "trials"
-    found = (path.parent if in_trial else path).name
-    return f"{found}@{model['revision']}" if model["revision"] else found
+    trial = path.parent if path.name == "model" else path
+    if trial.parent.name == "trials":
+        with suppress(sealed.Damaged):
+            known = records.scan(trial.parents[1], "trials", trial.name).select("size").collect()
+            return f"{Path(known['size'][-1]).name}@{trial.name[:6]}" if len(known) else trial.name
+        return trial.name
+    return f"{path.name}@{model['revision']}" if model["revision"] else path.name
 
 
 def tokenizer(model: dict[str, Any]) -> str:

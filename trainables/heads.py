@@ -230,6 +230,13 @@ class _Through(torch.autograd.Function):
         return gradient @ basis @ basis.T, None
 
 
+PLAIN = {  # made of V, d and a rank
+    "linear": LinearHead,
+    "sigsoftmax": Sigsoftmax,
+    "monotone": Monotone,
+}
+
+
 def make(head: dict[str, Any], vocabulary: int, d: int) -> LinearHead:
     """The head of a trial's `head` section, drawn from the global generator."""
     kind, rank = head["kind"], head["rank"]
@@ -240,8 +247,7 @@ def make(head: dict[str, Any], vocabulary: int, d: int) -> LinearHead:
         return LowRankBackward(vocabulary, d, head["backward"], refresh)
     if kind == "mlp":
         return Mlp(vocabulary, d, rank)
-    plain = {"linear": LinearHead, "sigsoftmax": Sigsoftmax, "monotone": Monotone}
-    return plain[kind](vocabulary, d, rank)
+    return PLAIN[kind](vocabulary, d, rank)
 
 
 def start(

@@ -195,6 +195,11 @@ def test_claims_are_judged_by_what_the_world_is(
     assert re.fullmatch(r"m, linear: 0\.1 nats at W-error 0\.\d\d", at)
     (low,) = (numbers for says, (_, numbers) in found.items() if "low rank on a frozen" in says)
     assert low.startswith("m: rank 4 of d = 32 +0.")
+    (both,) = (numbers for says, (_, numbers) in found.items() if "comes with" in says)
+    worsens, harmless = both.split("; ")
+    assert worsens.startswith("the spectrum collapses, the loss worsens: pretrain: nano-16 r=")
+    assert harmless.startswith("the spectrum collapses, the loss does not worsen: pretrain: nano-")
+    assert "nano-16" not in harmless and "nano-32" not in worsens
 
 
 def test_without_evidence_no_claim_is_judged(tmp_path: Path) -> None:

@@ -56,7 +56,7 @@ def test_a_trial_is_seen_on_its_own_text(user: Path, backbone: Path, cache: Path
     (known,) = tables.final_losses(user / "runs" / "tiny").to_dicts()
     assert found.loss == pytest.approx(known["loss"], rel=1e-6)
     assert (found.vocabulary, found.d, found.tokens) == (1024, 16, 4096)
-    assert found.label == backbone.name
+    assert found.label == f"nano-16@{backbone.name[:6]}"
     assert found.table["gap"].to_list() == pytest.approx([0, 0], abs=1e-9)
 
 
@@ -109,7 +109,7 @@ def test_what_is_shown_what_is_written_and_what_is_drawn(user: Path, backbone: P
     assert done.exit_code == 0, done.stderr
     answer = schemas.check("bounds", done.stdout)
     figure, file = (Path(f) for f in answer.pop("files"))
-    assert figure == Path(f"runs/bounds/report/bounds_{backbone.name}.png")
+    assert figure == Path(f"runs/bounds/report/bounds_nano-16@{backbone.name[:6]}.png")
     assert figure.read_bytes().startswith(b"\x89PNG")
     assert json.loads(file.read_text()) == answer
     rows = {(row["rank"], row["method"]): row for row in answer["bounds"]}

@@ -59,7 +59,7 @@ def swept(tmp_path_factory: pytest.TempPathFactory, cache: Path, backbone: Path)
 
 def test_the_grid_is_completed_by_baselines_and_rank_d(backbone: Path, tmp_path: Path) -> None:
     trials = grid.load(write(tmp_path, backbone)).trials
-    named = [t["name"].removeprefix(backbone.name + " ") for t in trials]
+    named = [t["name"].removeprefix(f"nano-16@{backbone.name[:6]} ") for t in trials]
     fitted = [f"r={r} s=0 lr={lr}" for r in (2, 8, "full", 16) for lr in (0.03, 0.1)]
     svd = [f"{kind} r={r}" for kind in ("svd", "svd-weighted") for r in (2, 8)]
     assert named == [*fitted, "own", *svd]
@@ -73,7 +73,7 @@ def test_the_grid_is_completed_by_baselines_and_rank_d(backbone: Path, tmp_path:
 def test_baselines_are_named_by_their_text_and_stand_once(backbone: Path, tmp_path: Path) -> None:
     train = {**RANKFIT["train"], "lr": 1e-2, "clip": [0, 1], "sequence": [32, 64]}
     trials = grid.load(write(tmp_path, backbone, train=train, head={"rank": 2})).trials
-    named = [t["name"].removeprefix(backbone.name + " ") for t in trials]
+    named = [t["name"].removeprefix(f"nano-16@{backbone.name[:6]} ") for t in trials]
     assert len(set(named)) == len(named)
     assert [n for n in named if n.startswith("own")] == ["own sequence=32", "own sequence=64"]
     assert "r=2 s=0 sequence=64 clip=0" in named and "r=16 s=0 sequence=32 clip=1" in named

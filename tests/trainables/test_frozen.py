@@ -119,6 +119,9 @@ def test_a_trial_of_a_sweep_is_loaded_with_the_head_it_has(
     with torch.no_grad():
         logits = built.head(built.hidden(ids))
     assert (F.linear(found.hidden(ids), found.weight) - logits).abs().max() < 1e-5
+    assert frozen.name(model) == f"nano-16@{tiny_trial['id'][:6]}"
+    for file in (tmp_path / "records" / "trials").iterdir():
+        file.write_bytes(b"")
     assert frozen.name(model) == tiny_trial["id"]
 
 
