@@ -1,6 +1,6 @@
 """A sweep that is killed comes out as one that is not; and the comparison sees what is not so.
 
-`make chaos` does the former for forty minutes.
+`make chaos` does the former for half an hour and more.
 """
 
 import contextlib

@@ -142,7 +142,8 @@ def recovery(home: Home, subject: Subject, rng: random.Random, count: int) -> Fo
 def full_disk(home: Home, subject: Subject, rng: random.Random, count: int) -> Found:
     """No room at some point: a clear stop, what was before it whole; more room, and it goes on."""
     wrong = []
-    whole = sum(f.stat().st_size + 4096 for f in subject.out.rglob("*"))
+    found = {f.stat().st_ino: f.stat().st_size for f in subject.out.rglob("*")}  # links count once
+    whole = sum(-(-size // 4096) * 4096 for size in found.values())
     for number in range(1, count + 1):
         out, size = home.folder / f"full-{number}", int(whole * rng.uniform(0.3, 0.9))
         out.mkdir()
