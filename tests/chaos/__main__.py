@@ -5,171 +5,21 @@ What was tried is written into docs/reliability.md. Exit code 1 where anything w
 otherwise.
 """
 
-import random
 import shutil
 import sys
 import tempfile
 import time
-from collections import Counter
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
 
 import click
 
-from orchestrator import ledger
-from tests.chaos import faults, inputs, kills, nodes, runs
+from tests.chaos import kills
+from tests.chaos.streams import FAULTS, STREAMS, Found, Row, Wanted, stream
 
 PAGE = Path(__file__).parents[2] / "docs" / "reliability.md"
 MARKS = "<!-- made by `make chaos` -->", "<!-- end -->"
-SHARES = {"pretrain": 0.68, "rankfit": 0.2, "team": 0.12}  # of the kills, by grid
-# What is promised, how it is tried, how often.
-FAULTS: dict[str, tuple[str, str, Callable[..., faults.Found], int]] = {
-    "notice": (
-        "A worker that is told to end saves first",
-        "SIGTERM to workers at random moments; a checkpoint newer than it",
-        faults.notice,
-        6,
-    ),
-    "nodes": (
-        "Nodes may go; with notice a fifth of the time between checkpoints is lost at most",
-        "Ray nodes killed, every other one drained before, while others join",
-        nodes.leave,
-        4,
-    ),
-    "damage": (
-        "`lmsat verify` names every damaged file, and no other",
-        "one file cut, emptied, zeroed, lengthened, deleted, or with a bit flipped",
-        faults.damage,
-        60,
-    ),
-    "recovery": (
-        "The last valid checkpoint and records are gone on from, loudly",
-        "a killed sweep's last checkpoint and a record damaged",
-        faults.recovery,
-        3,
-    ),
-    "store": (
-        "MLflow may be away; lost for good, `lmsat track` makes it anew",
-        "the server killed and started again, stopped for a minute, killed for good",
-        faults.lost_store,
-        4,
-    ),
-    "disk": (
-        "A full disk is a clear stop; with room the sweep goes on",
-        "a tmpfs of random size, enlarged afterwards",
-        faults.full_disk,
-        2,
-    ),
-    "rivals": (
-        "A sweep has one driver",
-        "the same command twice at once, and at random moments of a sweep",
-        faults.rivals,
-        6,
-    ),
-    "hopeless": (
-        "A trial that always fails is retried as the grid says, and the others finish",
-        "a checkpoint that the trial cannot go on from",
-        faults.hopeless,
-        3,
-    ),
-    "inputs": (
-        "Malformed input ends in one line, with the right exit code",
-        "every command, file and record: cut, flipped, mutated (tests/test_malformed_*.py)",
-        inputs.malformed,
-        1,
-    ),
-}
-Row = tuple[str, str, str, list[str]]  # promise, how it was tried, how often, what was wrong
-# What goes on at once, in a process of its own each, one part after the other.
-STREAMS = (("pretrain",), ("faults", "rankfit", "team"))
-
-
-@dataclass
-class Wanted:
-    """What to try, and how often."""
-
-    whom: tuple[str, ...]
-    faults: tuple[str, ...]
-    seed: int
-    count: int | None
-
-
-@dataclass
-class Found:
-    """What came of it."""
-
-    sweeps: int = 0
-    struck: Counter[str] = field(default_factory=Counter)
-    """By whom."""
-    at: Counter[str] = field(default_factory=Counter)
-    """By what the sweep was at."""
-    wrong: list[str] = field(default_factory=list)
-    rows: list[Row] = field(default_factory=list)
-    """Of faults."""
-
-    def __add__(self, other: "Found") -> "Found":
-        parts = zip(vars(self).values(), vars(other).values(), strict=True)
-        return Found(*(a + b for a, b in parts))
-
-
-class Bench:
-    """The subjects, each made when it is first asked for."""
-
-    def __init__(self, home: runs.Home) -> None:
-        self.home, self.made = home, dict[str, kills.Subject]()
-
-    def __getitem__(self, name: str) -> kills.Subject:
-        if name not in self.made:
-            grid = runs.GRIDS[name]
-            if name == "rankfit":
-                grid = {**grid, "model": {"pretrained": str(self._model())}}
-            made = kills.untouched(self.home, name, self.home.grid(name, grid))
-            print(f"{name}: untouched, {made.began:.0f} s to its first checkpoint", flush=True)
-            self.made[name] = made
-        return self.made[name]
-
-    def _model(self) -> Path:
-        sweep = self["short"].out / "chaos"
-        (id,) = (i for i, e in ledger.read(sweep).items() if e["trial"]["name"] == runs.BACKBONE)
-        return sweep / "trials" / id / "model"
-
-
-def stream(folder: Path, cache: Path, parts: tuple[str, ...], wanted: Wanted) -> Found:
-    """One part after the other."""
-    folder.mkdir()
-    home = runs.Home(folder, cache)
-    bench, found = Bench(home), Found()
-    for part in parts:
-        found += befall(bench, wanted) if part == "faults" else strike(bench, part, wanted)
-    return found
-
-
-def befall(bench: Bench, wanted: Wanted) -> Found:
-    """Every fault that is wanted."""
-    found = Found()
-    for name in wanted.faults:
-        promise, how, fault, usual = FAULTS[name]
-        rng = random.Random(f"{name} {wanted.seed}")
-        tried, wrong = fault(bench.home, bench["short"], rng, wanted.count or usual)
-        print("\n  ".join([f"{name}: {len(wrong)} wrong", *wrong[:20]]), flush=True)
-        found.rows.append((promise, how, f"{tried} faults", wrong))
-    return found
-
-
-def strike(bench: Bench, name: str, wanted: Wanted) -> Found:
-    """One grid's share of the kills."""
-    share = round((wanted.count or 50) * SHARES[name])
-    if not wanted.whom or not share:
-        return Found()
-    attack = kills.Attack(bench.home, bench[name], f"{name} {wanted.seed}")
-    attack.go(kills.draw(dict.fromkeys(wanted.whom, share), attack.seed))
-    struck = Counter[str]()
-    for (who, _), times in attack.struck.items():
-        struck[who] += times
-    return Found(attack.sweeps, struck, attack.found, attack.wrong)
 
 
 def rows(found: Found, whom: tuple[str, ...]) -> list[Row]:
