@@ -106,7 +106,7 @@ def of(trials: list[dict[str, Any]], cache: Path, place: Place | None = None) ->
     """The plan of some trials."""
     place = place or places.here()
     teams = [fits.teams(place, trial["resources"]) for trial in trials]
-    shape = functools.cache(lambda key: backbones.shape(backbones.configuration(*json.loads(key))))
+    shape = functools.cache(lambda key: backbones.planned(*json.loads(key)))
     costs: list[Cost] = []
     joined: list[Pack] = []
     needs, kept, speeds = [], 0, set()

@@ -156,6 +156,15 @@ class Shape(NamedTuple):
     """Whether input embedding and head are one."""
 
 
+def planned(model: dict[str, Any], vocabulary: int, sequence: int) -> Shape:
+    """Of what `configuration` takes; of the ladder in closed form, which waits for no library."""
+    if not model["size"]:
+        return shape(configuration(model, vocabulary, sequence))
+    d, layers, heads = LADDER[model["size"]][:3]
+    body = layers * (12 * d * d + 13 * d) + 2 * d  # matrices, biases and norms; the last norm
+    return Shape(d, layers, heads, vocabulary * d, body, vocabulary, model["tied"])
+
+
 def shape(config: Any, field: str = "model.config") -> Shape:
     """Counted on the model itself, built without memory for its weights."""
     import torch

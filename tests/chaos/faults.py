@@ -94,7 +94,7 @@ def trained_again(
     entry = ledger.entry(sweep, id)
     interval = schedule.every(entry["steps"], entry["trial"]["checkpoints"])
     losses = pl.col("split") == "train", pl.col("metric") == "loss"
-    rows = records.scan(subject.out / "chaos", "scalars", id).filter(*losses).sort("step").collect()
+    rows = records.scan(sweep, "scalars", id).filter(*losses).sort("step").collect()
     pace = (rows["time"].diff() / rows["step"].diff()).median() / 1e3  # seconds a step
     return max(0.0, trained / pace / interval)
 

