@@ -142,10 +142,11 @@ def recovery(home: Home, subject: Subject, rng: random.Random, count: int) -> Fo
 def full_disk(home: Home, subject: Subject, rng: random.Random, count: int) -> Found:
     """No room at some point: a clear stop, what was before it whole; more room, and it goes on."""
     wrong = []
-    found = {f.stat().st_ino: f.stat().st_size for f in subject.out.rglob("*")}  # links count once
-    whole = sum(-(-size // 4096) * 4096 for size in found.values())
+    files = [f.stat() for f in subject.out.rglob("*") if f.is_file()]
+    found = {f.st_ino: -(-f.st_size // 4096) * 4096 for f in files}  # a file's links count once
+    whole = sum(found.values())
     for number in range(1, count + 1):
-        out, size = home.folder / f"full-{number}", int(whole * rng.uniform(0.3, 0.9))
+        out, size = home.folder / f"full-{number}", int(whole * rng.uniform(0.3, 0.8))
         out.mkdir()
         with _disk(out, size) as inside:
             with _sweep(home, subject, out, before=inside) as started:

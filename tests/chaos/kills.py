@@ -24,8 +24,8 @@ WHOM = {"worker": "a worker", "driver": "the driver", "cluster": "driver, Ray an
 
 # How often so; after a change in which folders under --out, if any; at most how many seconds later.
 MOMENTS: dict[str, tuple[int, str, float]] = {
-    "any time": (4, "", 0.0),
-    "start": (1, "", 0.0),
+    "any time": (3, "", 0.0),
+    "start": (2, "", 0.0),
     "checkpoint": (3, "chaos/trials/*/checkpoints", 0.06),
     "records": (2, "chaos/records/*", 0.02),
     "MLflow": (1, "mlflow.db", 0.02),
@@ -117,7 +117,7 @@ class Attack:
                 who, moment = left[-1]
                 moment = "birth" if fresh and who != "worker" else moment
                 fresh = False
-                if not self._await(moment, out, started):
+                if not self._await(who, moment, out, started):
                     break
                 if self._strike(who, moment, out, started):
                     left.pop()
@@ -134,15 +134,19 @@ class Attack:
             raise RuntimeError(f"exit code {code}: {started.said[-300:]}")
         return bool(code)
 
-    def _await(self, moment: str, out: Path, started: Command) -> bool:
+    def _await(self, who: str, moment: str, out: Path, started: Command) -> bool:
         """Whether the moment to strike comes before the command's end."""
         _, folders, pause = MOMENTS[moment]
         began = self.subject.began
-        span = {"any time": began + 10, "birth": 0}.get(moment, began)
+        if who == "worker":  # there may be several, one after the other
+            wait(lambda: started.workers() or started.ended(), self.subject.patience, 0.2)
+            span = 8.0
+        else:
+            span = {"any time": began + 10, "birth": 0.0}.get(moment, began)
         wait(started.ended, self.rng.uniform(0, span))
         if folders:
             before = _stirred(out, folders)
-            wait(lambda: started.ended() or _stirred(out, folders) != before, 20, 0.002)
+            wait(lambda: started.ended() or _stirred(out, folders) != before, 20, 0.01)
             time.sleep(self.rng.uniform(0, pause))
         return not started.ended()
 

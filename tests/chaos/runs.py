@@ -26,7 +26,12 @@ PRETRAIN: dict[str, Any] = {
     "probes": {"count": 6, "tokens": 1024, "final_tokens": 4096},
 }
 GRIDS: dict[str, dict[str, Any]] = {
-    "short": {**PRETRAIN, "seed": 0, "checkpoints": 4},
+    "short": {
+        **PRETRAIN,
+        "seed": 0,
+        "train": {**PRETRAIN["train"], "tokens": 400_000},
+        "checkpoints": 2,  # so that a fifth of what is between them can be measured
+    },
     "pretrain": {**PRETRAIN, "retries": 9},  # three kills in a row before a trial gets further
     "team": {
         **PRETRAIN,
