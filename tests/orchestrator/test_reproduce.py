@@ -39,8 +39,8 @@ def test_a_figure_needs_what_it_builds_on() -> None:
 SMALLER = {
     "godey2024-nano.yaml": {
         "[nano-64, nano-32, nano-16, nano-8, nano-4]": "[nano-64, nano-4]",
-        "8_000_000": "32_768",
-        "count: 40": "count: 3",
+        "12_000_000": "32_768",
+        "count: 60": "count: 3",
     },
     "godey2024-nano-heads.yaml": {
         "[2, 4, 8, 16, 32, 64, full]": "[4, full]",
