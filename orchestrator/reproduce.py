@@ -61,7 +61,7 @@ SCALES: dict[str, tuple[Step, ...]] = {
         ),
         Step(
             ("7",),
-            _counts("--tokenizer", "4096", "--tokenizer", "16384"),
+            _counts("--tokenizer", "4096", "--tokenizer", "16384", "--leading", "2000"),
             "godey2024-nano-ngrams",
         ),
     ),
