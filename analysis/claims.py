@@ -38,17 +38,21 @@ Found = tuple[str, str]
 def _only_small(
     wanted: Callable[[Verdict], bool], kind: str, needed: str
 ) -> Callable[[Evidence], Found]:
-    """Whether series of that verdict are there, and none is the largest model's."""
+    """Whether series of that verdict are there, and none is of the largest model."""
 
     def find(evidence: Evidence) -> Found:
         series = _by_size(evidence, wanted)
         known = [v for v in series if v.kind != "cannot tell"]
         if len(known) < 2:
             return CANNOT, _why(series, f"{needed} along training of two models or more")
-        found = _each(series)
-        fell = [_size(v) for v in known if v.kind == kind]
-        small = bool(fell) and max(fell) < max(map(_size, known))
-        return (AGREES if small else DISAGREES), found
+        fell = [v for v in known if v.kind == kind]
+        # What decides: the largest, once a smaller one fell; else the smallest, which should have.
+        end = _size(series[-1] if fell else series[0])
+        if any(_size(v) == end for v in fell):
+            return DISAGREES, _each(series)
+        if not any(_size(v) == end for v in known):
+            return CANNOT, _each(series)
+        return (AGREES if fell else DISAGREES), _each(series)
 
     return find
 

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -183,12 +184,13 @@ def test_other_text_is_compared_without_pairs(sweep: Path, tmp_path: Path) -> No
 def test_claims_are_judged_by_what_the_world_is(
     every: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The smallest model worsens, every spectrum collapses, no layer differs, two fall short."""
+    """The smallest model worsens, every spectrum collapses but the probed one's, of which three
+    checkpoints tell nothing, no layer differs, two fall short."""
     monkeypatch.setattr(evidence, "JUDGED", 12)
     found = {c.says: (c.verdict, c.found) for c in claims.judge(evidence.gather(every))}
     verdicts = [verdict for verdict, _ in found.values()]
     assert verdicts == [
-        "agrees", "agrees", "agrees", "cannot tell", "disagrees", "disagrees", "disagrees",
+        "agrees", "agrees", "agrees", "cannot tell", "disagrees", "cannot tell", "disagrees",
         "agrees", "cannot tell", "cannot tell", "disagrees",
     ]  # fmt: skip
     (at,) = (numbers for says, (_, numbers) in found.items() if "W-error of the model's" in says)
@@ -200,6 +202,38 @@ def test_claims_are_judged_by_what_the_world_is(
     assert worsens.startswith("the spectrum collapses, the loss worsens: pretrain: nano-16 r=")
     assert harmless.startswith("the spectrum collapses, the loss does not worsen: pretrain: nano-")
     assert "nano-16" not in harmless and "nano-32" not in worsens
+
+
+@pytest.mark.parametrize(
+    ("kinds_by_size", "verdict"),
+    [
+        (("worsens", "no saturation", "no saturation"), "agrees"),
+        (("worsens", "cannot tell", "no saturation"), "agrees"),
+        (("cannot tell", "worsens", "no saturation"), "agrees"),
+        (("worsens", "worsens", "cannot tell"), "cannot tell"),
+        (("worsens", "no saturation", "worsens"), "disagrees"),
+        (("no saturation", "no saturation", "cannot tell"), "disagrees"),
+        (("cannot tell", "no saturation", "no saturation"), "cannot tell"),
+        (("worsens", "cannot tell", "cannot tell"), "cannot tell"),
+    ],
+)
+def test_what_is_not_known_of_the_ends_decides_nothing(
+    every: list[Path],
+    monkeypatch: pytest.MonkeyPatch,
+    kinds_by_size: tuple[str, ...],
+    verdict: str,
+) -> None:
+    """Of the smallest where none worsens, of the largest where one does."""
+    monkeypatch.setattr(evidence, "JUDGED", 2)
+    known = evidence.gather(every[:1])
+    loss = next(v for v in known.verdicts if v.curve.kind == "loss" and not v.curve.spectral)
+    made = [
+        replace(loss, kind=kind, curve=replace(loss.curve, model=f"m{n}", facts={"N": float(n)}))
+        for n, kind in enumerate(kinds_by_size)
+    ]
+    found = claims.judge(replace(known, verdicts=made))
+    assert found[0].verdict == verdict
+    assert "m0" in found[0].found and "m2" in found[0].found
 
 
 def test_without_evidence_no_claim_is_judged(tmp_path: Path) -> None:
