@@ -118,7 +118,7 @@ def run(wanted: Sequence[Step], out: Path, said: Callable[[str], None]) -> dict[
     seconds = {}
     for step in wanted:
         if step.name == "godey2024-nano-heads":
-            _keep_heads(out)
+            keep_heads(out)
         said(f"Figures {', '.join(step.figures)}: {typed(step, out)}")
         began = time.monotonic()
         words = [sys.executable, "-c", "from orchestrator.cli import main; main()"]
@@ -153,8 +153,8 @@ def print_claims(answer: dict[str, Any], page: Path) -> None:
     print(f"\n{minutes:.1f} minutes\nreport    {page}")
 
 
-def _keep_heads(out: Path) -> None:
-    """The grid of heads, on the backbone that was trained."""
+def keep_heads(out: Path) -> None:
+    """Write the grid of heads, on the backbone that was trained. Raises Failed without one."""
     entries = ledger.read(out / "godey2024-nano")
     ids = [id for id, entry in entries.items() if entry["trial"]["name"].startswith("nano-64")]
     if not ids:

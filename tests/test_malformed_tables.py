@@ -337,8 +337,8 @@ OPTIONS: dict[str, list[tuple[str, str]]] = {
     ],
     "reproduce": [("nosuch", "godey2024"), ("godey2024 --figure 99", "--figure: ")],
     "completion": [("", "{bash|zsh|fish}"), ("csh", "'bash', 'zsh', 'fish'")],
-    "report": [("nosuch", "nosuch: nothing of that name")],
-    "compare": [("SWEEP nosuch", "nosuch: nothing of that name")],
+    "report": [("nosuch", "nosuch: no records of that name in runs")],
+    "compare": [("SWEEP nosuch", "nosuch: no records of that name in runs")],
     "doctor": [
         ("--address nowhere", "--address: HOST:PORT"),
         ("--grid nosuch.yaml", "nosuch.yaml: no such grid file"),
