@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import polars as pl
 
-from analysis import bound_figures, dimensions, onsets, shortfall, summary
+from analysis import bound_figures, dimensions, onsets, shortfall, summary, tables
 from analysis.evidence import Evidence
 from analysis.onsets import Verdict
 
@@ -202,7 +202,7 @@ def _each(verdicts: Sequence[Verdict]) -> str:
 
 def _plain(names: Sequence[str]) -> list[str]:
     """Without rank and seed, where these do not tell them apart."""
-    short = [re.sub(r" [rs]=\S+", "", name) for name in names]
+    short = [re.sub(tables.VARIANT, "", name) for name in names]
     return short if len(set(short)) == len(set(names)) else [*names]
 
 

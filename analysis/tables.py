@@ -9,6 +9,7 @@ import polars as pl
 from analysis import records
 
 ALIVE = {"pretrain", "probe"}  # kinds of trials that are seen along training
+VARIANT = r" [rs]=\S+"  # of a trial's name: rank and seed
 T = TypeVar("T")
 
 
@@ -45,7 +46,7 @@ def final_losses(sweep: Path) -> pl.DataFrame:
     )
     return (
         trials.join(losses, on="trial")
-        .with_columns(series=pl.col("name").str.replace_all(r" (r|s)=\S+", ""))
+        .with_columns(series=pl.col("name").str.replace_all(VARIANT, ""))
         .sort("params_without_embeddings", "size", "rank", "seed", "name", nulls_last=True)
         .collect()
     )

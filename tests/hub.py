@@ -140,18 +140,6 @@ class _Handler(BaseHTTPRequestHandler):
     def do_HEAD(self) -> None:
         self.do_GET()
 
-    def do_POST(self) -> None:
-        """Of all that is asked so only this is answered: which of these paths there are."""
-        asked = parse_qs(self.rfile.read(int(self.headers["Content-Length"])).decode())
-        self.asked = Request(self.command, unquote(urlsplit(self.path).path))
-        self.server.requests.append(self.asked)
-        match self._repository(self.asked.path.split("/")[1:]):
-            case ["api", name, "paths-info", revision]:
-                entries = self.server.tree(name, revision).entries("", recursive=True)
-                self._json([e for e in entries if e["path"] in asked["paths"]])
-            case _:
-                self._json({}, 404)
-
     def _repository(self, parts: list[str]) -> list[str]:
         """A path whose repository is one part: owner/name of models, datasets/owner/name."""
         match parts:
