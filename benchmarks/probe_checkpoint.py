@@ -26,7 +26,7 @@ import torch.nn.functional as F
 
 from analysis import records
 from orchestrator import place, probe
-from trainables import corpus, frozen, survey
+from trainables import corpus, frozen, pretrained, survey
 
 SEQUENCE, BATCH = 512, 8
 CACHE = corpus.default_cache()
@@ -34,7 +34,7 @@ CACHE = corpus.default_cache()
 
 def task(model: dict[str, Any], tokens: int) -> dict[str, Any]:
     """What `lmsat probe` hands to a worker."""
-    tokenizer = frozen.tokenizer(model)
+    tokenizer = pretrained.tokenizer(model)
     text = corpus.identity(probe.CORPUS, tokenizer)
     corpus.prepare(probe.CORPUS, tokenizer, text, CACHE)
     off = dict.fromkeys(("head_only", "cka", "unargmaxable", "gram"), False)

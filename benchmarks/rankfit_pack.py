@@ -52,7 +52,7 @@ def losses(sweep: Path) -> dict[str, float]:
 
 def main(folder: str, gguf_file: str | None = None) -> None:
     from orchestrator import grid
-    from trainables import corpus, heads
+    from trainables import corpus, zoo
 
     cache = corpus.default_cache()
     fields = {
@@ -69,7 +69,7 @@ def main(folder: str, gguf_file: str | None = None) -> None:
         path = Path(home) / "grid.yaml"
         path.write_text(yaml.safe_dump(fields))
         found = grid.load(path).trials
-        trials = [t for t in found if t["head"]["kind"] not in heads.BASELINES]
+        trials = [t for t in found if t["head"]["kind"] not in zoo.BASELINES]
         first = trials[0]
         corpus.prepare(first["corpus"], first["tokenizer"], first["text"], cache)
         together = run(trials, Path(home) / "pack", cache)

@@ -14,7 +14,7 @@ from analysis.errors import BadInput
 from orchestrator import probe, series
 from orchestrator.series import Series
 from orchestrator.terminal import print_table, short
-from trainables import corpus, frozen, heads
+from trainables import corpus, frozen, heads, pretrained
 from trainables.evaluation import parts
 from trainables.features import Features
 
@@ -80,7 +80,7 @@ def run(
     table = bottleneck.bounds(backbone.weight, hidden, labels, chosen, backbone.bias)
     with torch.no_grad():
         loss = heads.Fixed(backbone.weight, None, backbone.bias)(hidden, labels).item()
-    return Bounded(one.name, frozen.name(model), loss, vocabulary, d, len(labels), table)
+    return Bounded(one.name, pretrained.name(model), loss, vocabulary, d, len(labels), table)
 
 
 def usual(rank: int) -> list[int]:

@@ -10,7 +10,7 @@ from analysis import records
 from analysis.errors import Failed, full
 from orchestrator import ledger, plan, tracker
 from orchestrator.tracker import Tracker
-from trainables import corpus, heads, schedule
+from trainables import corpus, schedule, zoo
 
 
 class Preparing(Protocol):
@@ -54,7 +54,7 @@ class Driver:
             entry = {"status": "waiting", "step": 0, **known.get(id, {})}
             if entry["status"] not in ledger.FINISHED:
                 entry |= {"status": "waiting", "error": None}
-            trained = trial["head"]["kind"] not in heads.BASELINES
+            trained = trial["head"]["kind"] not in zoo.BASELINES
             steps = schedule.steps(t["tokens"], t["batch"], t["sequence"]) if trained else 0
             # The trial anew: the grid may have given it other hardware.
             entry |= {"id": id, "steps": steps, "trial": trial, "tags": self._tags(id)}

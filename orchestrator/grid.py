@@ -22,7 +22,7 @@ from pydantic import ValidationError
 
 from analysis.errors import BadInput, blame
 from orchestrator import schema, search
-from trainables import backbones, corpus, frozen, heads, zero
+from trainables import backbones, corpus, pretrained, zero, zoo
 
 SHIPPED = Path(__file__).parent / "grids"
 BYTES = 4_000_000  # of a grid file
@@ -161,11 +161,11 @@ def _check_names(trials: list[dict[str, Any]]) -> None:
     """Results are told apart by the backbone's name."""
     models: dict[str, dict[str, Any]] = {}
     for model in (t["model"] for t in trials):
-        other = models.setdefault(frozen.name(model), model)
-        if frozen.fingerprint(other) != frozen.fingerprint(model):
+        other = models.setdefault(pretrained.name(model), model)
+        if pretrained.fingerprint(other) != pretrained.fingerprint(model):
             raise BadInput(
                 f"model.pretrained: {other['pretrained']} and {model['pretrained']} are two models "
-                f"of one name, {frozen.name(model)}; rename a folder"
+                f"of one name, {pretrained.name(model)}; rename a folder"
             )
 
 
@@ -321,7 +321,7 @@ def numbered(trial: dict[str, Any], lr: float | None = None) -> dict[str, Any]:
     """The trial, under another learning rate where one is given, with id and name of its own; and
     `search`, which all trials share that differ in learning rate alone (None for a baseline)."""
     trial = {**trial, "train": {**trial["train"], "lr": lr or trial["train"]["lr"]}}
-    baseline = trial["head"]["kind"] in heads.BASELINES
+    baseline = trial["head"]["kind"] in zoo.BASELINES
     facts = _facts(trial, baseline)
     trial["search"] = None if baseline else _hash(_with(facts, ("train", "lr"), None))
     return {**trial, "id": _hash(facts), "name": _name(trial, baseline)}
@@ -329,8 +329,10 @@ def numbered(trial: dict[str, Any], lr: float | None = None) -> dict[str, Any]:
 
 def _name(trial: dict[str, Any], baseline: bool) -> str:
     model, head = trial["model"], trial["head"]
-    named = model["size"] or (Path(model["config"]).name if model["config"] else frozen.name(model))
-    kind = [] if head["kind"] == "linear" else [heads.label(head)]
+    named = model["size"] or (
+        Path(model["config"]).name if model["config"] else pretrained.name(model)
+    )
+    kind = [] if head["kind"] == "linear" else [zoo.label(head)]
     if baseline:
         # Nobody trains it: it is told by its text alone.
         told = [t for at, t in trial["axes"].items() if at.startswith(_TEXT)]
@@ -349,8 +351,8 @@ def _vocabulary(tokenizer: str) -> dict[str, int]:
 
 def _own_tokenizer(trial: dict[str, Any]) -> str:
     """The model's, or the one given, where it fits. Raises BadInput where it does not."""
-    form = frozen.shape(trial["model"], trial["train"]["sequence"])
-    own, given = frozen.tokenizer(trial["model"]), trial["tokenizer"]
+    form = pretrained.shape(trial["model"], trial["train"]["sequence"])
+    own, given = pretrained.tokenizer(trial["model"]), trial["tokenizer"]
     try:
         vocabulary = _vocabulary(own)
     except BadInput:
@@ -372,7 +374,7 @@ def _facts(trial: dict[str, Any], baseline: bool) -> dict[str, Any]:
     """What changes the result: not names, paths, hardware, or how often it is saved."""
     model = trial["model"]
     if trial["kind"] == "rankfit":
-        what: Any = frozen.fingerprint(model)
+        what: Any = pretrained.fingerprint(model)
     else:
         of_scratch = ("size", "config", "residual", "tied")
         what = {key: model[key] for key in of_scratch}
@@ -396,10 +398,10 @@ def _hash(facts: dict[str, Any]) -> str:
 def _impossible(trial: dict[str, Any]) -> str | None:
     """Why a cell of the product makes no model, or None."""
     if trial["kind"] == "rankfit":
-        d = frozen.shape(trial["model"], trial["train"]["sequence"]).d
+        d = pretrained.shape(trial["model"], trial["train"]["sequence"]).d
     else:
         d = backbones.width(trial["model"])
-    return heads.impossible(trial["head"], d, trial["model"]["tied"])
+    return zoo.impossible(trial["head"], d, trial["model"]["tied"])
 
 
 def _deepspeed(trial: dict[str, Any]) -> dict[str, Any]:

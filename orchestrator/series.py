@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from analysis.errors import BadInput
 from orchestrator import ledger
-from trainables import corpus, frozen, schedule, tensors
+from trainables import corpus, pretrained, schedule, tensors
 
 T = TypeVar("T")
 
@@ -217,7 +217,7 @@ def tokenizer(series: Series) -> str:
     where none has."""
 
     def name(source: dict[str, Any]) -> str:
-        found = source["weights"] if "weights" in source else frozen.tokenizer(source["model"])
+        found = source["weights"] if "weights" in source else pretrained.tokenizer(source["model"])
         corpus.load_tokenizer(found)
         return found
 

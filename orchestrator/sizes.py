@@ -6,7 +6,7 @@ from typing import Any
 
 from analysis.errors import BadInput
 from orchestrator.fits import PROCESS_BYTES, Machine
-from trainables import backbones, heads, zero
+from trainables import backbones, zero, zoo
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Size:
 
 def model(trial: dict[str, Any], form: backbones.Shape, vocabulary: int) -> zero.Shape:
     """Of a trial from scratch, head and all."""
-    head = heads.cost(trial["head"], vocabulary, form.d)
+    head = zoo.cost(trial["head"], vocabulary, form.d)
     return zero.Shape(
         params=form.body + head.params + (0 if trial["model"]["tied"] else form.embedding),
         layers=form.layers,

@@ -21,7 +21,7 @@ from ray import tune
 from ray.tune.progress_reporter import TrialProgressCallback
 from ray.tune.trainable import wrap_function
 
-from analysis import atomic, evidence, ranks, report, sealed
+from analysis import atomic, sealed
 from analysis.errors import BadInput, Failed, blame, full, one_line
 from orchestrator import cluster, integrity, lease, ledger, place, plan, search, team, tracking
 from orchestrator.driver import Driver, Watcher, last_line
@@ -178,6 +178,8 @@ def _hash(grid: Grid) -> str:
 def _extend(driver: Driver, cache: Path, there: Place) -> bool:
     """Add trials where the best learning rate of a search lies on the edge of those tried; whether
     there are any."""
+    from analysis import ranks
+
     trials = [entry["trial"] for entry in driver.entries.values()]
     more = [
         numbered(trial, rate)
@@ -191,6 +193,8 @@ def _extend(driver: Driver, cache: Path, there: Place) -> bool:
 
 def _show(sweep: Path, watcher: Watcher) -> None:
     """Draw what was found; what was trained does not end with a page that cannot be made."""
+    from analysis import evidence, report
+
     watcher.preparing("the report")
     try:
         report.write(report.make(evidence.gather([sweep])), sweep / "report", ("png", "svg"))

@@ -11,7 +11,6 @@ from typing import Any
 
 import ray
 import ray.train
-import ray.train.torch
 from ray.util.queue import Queue
 
 from orchestrator import lease, ledger
@@ -112,6 +111,8 @@ def together(config: dict[str, Any], wanted: dict[str, Any], scratch: str, repor
 
     Raises RuntimeError with what the first worker that failed said.
     """
+    import ray.train.torch  # which loads torch: the driver has no other use for it
+
     # Not by ray.train.report, which every worker would have to join each time.
     news = Queue(actor_options={"num_cpus": 0})
     trainer = ray.train.torch.TorchTrainer(

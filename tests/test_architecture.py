@@ -58,10 +58,12 @@ def test_help_loads_nothing_heavy() -> None:
     assert "loaded []" in out.stdout
 
 
-def test_workers_load_deepspeed_and_no_mlflow_drivers_neither() -> None:
+def test_workers_load_deepspeed_and_no_mlflow_drivers_neither_nor_torch() -> None:
     """A driver loads MLflow when it opens a store, later than this."""
-    codes = ("import orchestrator.sweep", "from trainables import engine; engine.join(1, False)")
-    for code, wanted in zip(codes, ("[]", "['deepspeed']"), strict=True):
-        code += "; import sys; print('loaded', sorted({'deepspeed', 'mlflow'} & {*sys.modules}))"
+    driver = "from orchestrator import place, sweep; place.here()"
+    worker = "from trainables import engine; engine.join(1, False)"
+    heavy = {"deepspeed", "mlflow", "torch", "scipy", "matplotlib"}
+    for code, wanted in ((driver, []), (worker, ["deepspeed", "torch"])):
+        code += f"; import sys; print('loaded', sorted({heavy} & {{*sys.modules}}))"
         out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
         assert f"loaded {wanted}" in out.stdout, out.stderr

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from trainables import corpus, frozen
+from trainables import corpus, pretrained
 from trainables.frozen import Frozen
 
 FORMAT = 1  # of the files: a change makes every cache new
@@ -70,7 +70,7 @@ def directory(trial: dict[str, Any], cache: Path) -> Path:
     t = trial["train"]
     facts = {
         "format": FORMAT,
-        "model": frozen.fingerprint(trial["model"]),
+        "model": pretrained.fingerprint(trial["model"]),
         "text": trial["text"],
         "sequence": t["sequence"],
         "precision": t["precision"],

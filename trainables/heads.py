@@ -13,10 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from trainables import zoo
+from trainables.zoo import KNOTS
+
 CHUNK = 512  # tokens whose logits exist at once
 CACHED = 2**18  # logits that a core's cache holds
 LINEAR = 0.2  # the argument up to which tanh is taken for linear: 1.3 % off
-KNOTS, REACH = 32, 16.0  # of the monotone function: so many pieces between -REACH and REACH
+REACH = 16.0  # of the monotone function: its pieces lie between -REACH and REACH
 
 
 class LinearHead(nn.Module):
@@ -146,16 +149,12 @@ class Mlp(_Chunked):
     """
 
     def __init__(self, vocabulary: int, d: int, rank: int) -> None:
-        width = mlp_width(vocabulary, d, rank)
+        width = zoo.mlp_width(vocabulary, d, rank)
         super().__init__(vocabulary, width, rank - 1)
         self.C = _normal(width, d, d**-0.5)
 
     def logits(self, hidden: Tensor) -> Tensor:
         return super().logits(F.gelu(F.linear(hidden, self.C)))
-
-
-def mlp_width(vocabulary: int, d: int, rank: int) -> int:
-    return (vocabulary + rank * d) // (d + rank - 1)
 
 
 class MixtureOfSoftmaxes(_Chunked):
@@ -279,60 +278,6 @@ def start(
                 d = head.B.shape[1]
                 head.A.copy_(svd[0][:, :r] * r / d)
                 head.B.copy_(svd[1][:r] * d / r)
-
-
-BASELINES = ("own", "svd", "svd-weighted")  # of a frozen backbone: heads that nobody trains
-
-
-def label(head: dict[str, Any]) -> str:
-    """What to call it: full, low-rank, mos-4, backward-8-own, ..."""
-    if head["kind"] == "linear":
-        return "low-rank" if head["rank"] else "full"
-    if head["kind"] == "backward":
-        return f"backward-{head['backward']}-{head['directions']}"
-    return f"mos-{head['experts']}" if head["kind"] == "mos" else head["kind"]
-
-
-def impossible(head: dict[str, Any], d: int, tied: bool) -> str | None:
-    """Why there is no such head on hidden states of size d, or None."""
-    rank, kind = head["rank"], head["kind"]
-    if rank and tied:
-        return f"rank {rank} left out where model.tied: a tied head is full"
-    if (kind, head["init"]) in (("mlp", "svd"), ("mlp", "normal"), ("mos", "normal")):
-        return f"{kind} left out at init {head['init']}: it is not one W, or one A B"
-    if kind in ("mos", "mlp") and tied:
-        return f"{kind} left out where model.tied: it has no W of its own to tie"
-    if rank and rank > d:
-        return f"rank {rank} left out at d = {d}: no head has a rank above d"
-    if kind == "mlp" and (rank or 1) < 2:
-        return f"mlp left out at rank {rank or 'full'}: it needs a rank of 2 or more"
-    if kind == "backward" and rank:
-        return f"backward left out at rank {rank}: its head is full"
-    if kind == "backward" and head["backward"] > d:
-        return f"backward {head['backward']} left out at d = {d}: there are no more directions"
-    return None
-
-
-class HeadCost(NamedTuple):
-    """Of a head, for the plan."""
-
-    params: int
-    products: int
-    """Multiply-adds a token, forward."""
-
-
-def cost(head: dict[str, Any], vocabulary: int, d: int) -> HeadCost:
-    """In closed form."""
-    r = head["rank"] or d
-    if head["kind"] == "mos":
-        k = head["experts"]
-        return HeadCost(vocabulary * r + k * r * d + k * d, k * (vocabulary * r + r * d + d))
-    if head["kind"] == "mlp":
-        m = mlp_width(vocabulary, d, r)
-        small = (r - 1) * (vocabulary + m) + m * d
-        return HeadCost(small, small)
-    linear = r * (vocabulary + d) if head["rank"] else vocabulary * d
-    return HeadCost(linear + (KNOTS if head["kind"] == "monotone" else 0), linear)
 
 
 def _normal(rows: int, columns: int, deviation: float) -> nn.Parameter:

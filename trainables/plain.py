@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 
 from trainables import corpus
 
@@ -20,7 +19,7 @@ def size(model: Path) -> tuple[int, int]:
     """Bytes of what `lay` makes, and of these what no link can save: of a factored head all."""
     file = model / "model.safetensors"
     whole = file.stat().st_size
-    with safe_open(file, "pt") as held:
+    with safe_open(file, "np") as held:
         if not (head := _factored({*held.keys()})):
             return whole, 0
         a, b = (held.get_slice(f"{head}.{part}").get_shape() for part in "AB")
@@ -53,11 +52,13 @@ def link(file: Path, there: Path) -> None:
 
 def _weights(file: Path, there: Path) -> None:
     """W = A B in the place of A and B."""
-    with safe_open(file, "pt") as held:
+    with safe_open(file, "np") as held:
         head = _factored({*held.keys()})
     if not head:
         link(file, there)
         return
+    from safetensors.torch import load_file, save_file
+
     weights = load_file(file)
     a, b = weights.pop(f"{head}.A"), weights.pop(f"{head}.B")
     weights[f"{head}.weight"] = (a.double() @ b.double()).to(a.dtype)

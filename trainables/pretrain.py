@@ -29,6 +29,7 @@ from trainables import (
     memory,
     probes,
     schedule,
+    zoo,
 )
 from trainables.heads import LinearHead
 from trainables.recorder import Recorder, Report
@@ -93,7 +94,7 @@ def describe(trial: dict[str, Any], model: LanguageModel, text: corpus.Corpus) -
         "name": trial["name"],
         "kind": trial["kind"],
         "size": trial["model"]["size"] or trial["model"]["config"],
-        "head": heads.label(trial["head"]),
+        "head": zoo.label(trial["head"]),
         "init": trial["head"]["init"],
         "rank": rank,
         "seed": trial["seed"],

@@ -25,8 +25,10 @@ from trainables import (
     frozen,
     heads,
     memory,
+    pretrained,
     probes,
     schedule,
+    zoo,
 )
 from trainables.evaluation import Evaluation, parts
 from trainables.features import Features
@@ -103,7 +105,7 @@ class _Pack:
         self.states, self.report = states, report
         self.sweep, self.storage = sweep, storage
         self.backbone, self.text = states.backbone, states.text
-        self.shape = frozen.shape(shared["model"], self.settings["sequence"])
+        self.shape = pretrained.shape(shared["model"], self.settings["sequence"])
         self.device = self.backbone.device
         t = self.settings
         self.steps = schedule.steps(t["tokens"], t["batch"], t["sequence"])
@@ -124,7 +126,7 @@ class _Pack:
     ) -> dict[str, engine.Outcome]:
         outcomes = {}
         for trial in trials:
-            if trial["head"]["kind"] in heads.BASELINES:
+            if trial["head"]["kind"] in zoo.BASELINES:
                 outcomes[trial["id"]] = self._baseline(trial)
             else:
                 self.heads.append(self._open(trial))
@@ -242,13 +244,13 @@ class _Pack:
     def _describe(self, trial: dict[str, Any], params: int) -> dict[str, Any]:
         """The trial's row in the table `trials`, but for how it ended."""
         whole = self.shape.body + self.shape.embedding + params
-        trained = trial["head"]["kind"] not in heads.BASELINES
+        trained = trial["head"]["kind"] not in zoo.BASELINES
         tokens = self.settings["tokens"] if trained else 0
         return {
             "name": trial["name"],
             "kind": trial["kind"],
-            "size": frozen.name(trial["model"]),
-            "head": heads.label(trial["head"]),
+            "size": pretrained.name(trial["model"]),
+            "head": zoo.label(trial["head"]),
             "init": trial["head"]["init"] if trained else None,
             "rank": trial["head"]["rank"],
             "seed": trial["seed"],

@@ -16,7 +16,18 @@ from torch import Tensor
 
 from analysis import argmax, atomic, geometry, records, spectrum
 from analysis.errors import BadInput
-from trainables import backbones, corpus, findings, frozen, hub, pretrain, probes, tasks, tensors
+from trainables import (
+    backbones,
+    corpus,
+    findings,
+    frozen,
+    hub,
+    pretrain,
+    pretrained,
+    probes,
+    tasks,
+    tensors,
+)
 from trainables.heads import Fixed, LinearHead
 from trainables.recorder import Recorder
 
@@ -97,7 +108,7 @@ def drop(task: dict[str, Any]) -> None:
 def _fetched(task: dict[str, Any]) -> dict[str, Any]:
     """The model, on this machine."""
     model = task["source"]["model"]
-    if frozen.folder(model["pretrained"]):
+    if pretrained.folder(model["pretrained"]):
         return dict(model)
     name, revision = model["pretrained"], model["revision"]
     folder = hub.download(name, revision, model["pickle"], _downloads(task))
@@ -121,11 +132,11 @@ def _load(task: dict[str, Any], text: corpus.Corpus | None, device: torch.device
         return Loaded(None if head_only else net, net.head, row)
     if task["head_only"]:
         head = tensors.head(source["model"], _downloads(task)).to(device)
-        return Loaded(None, head, _row(task, head, frozen.shape(source["model"], 1)))
+        return Loaded(None, head, _row(task, head, pretrained.shape(source["model"], 1)))
     model = _fetched(task)
     backbone = frozen.load(model, task["precision"], device)
     head = Fixed(backbone.weight, None, backbone.bias)
-    return Loaded(backbone, head, _row(task, head, frozen.shape(model, task["sequence"])))
+    return Loaded(backbone, head, _row(task, head, pretrained.shape(model, task["sequence"])))
 
 
 def _row(task: dict[str, Any], head: Fixed, shape: backbones.Shape | None) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from analysis.errors import BadInput
-from trainables import frozen, gguf_header, hub
+from trainables import gguf_header, hub, pretrained
 from trainables.heads import Fixed
 
 _TYPES = {
@@ -40,7 +40,7 @@ def head(model: dict[str, Any], cache: Path | None = None) -> Fixed:
     if model["gguf_file"]:
         return Fixed(_from_gguf(Path(model["pretrained"]) / model["gguf_file"]), None, None)
     files = _Files(model, cache)
-    names = frozen.head_names(model, files.names)
+    names = pretrained.head_names(model, files.names)
     found = {part: files.read(name) for part, name in names.items()}
     if "A" in found:
         return Fixed(found["A"], found["B"], None)
@@ -105,7 +105,7 @@ class _Files:
 
         self.whole: dict[str, Tensor] = {}
         self.where, pickle = model["pretrained"], bool(model.get("pickle"))
-        at = frozen.folder(self.where) or hub.cached(self.where, model["revision"], pickle)
+        at = pretrained.folder(self.where) or hub.cached(self.where, model["revision"], pickle)
         self.fs = fsspec.filesystem("file" if at else "hf")
         self.root = str(at) if at else "@".join(filter(None, (self.where, model["revision"])))
         index = f"{self.root}/model.safetensors.index.json"

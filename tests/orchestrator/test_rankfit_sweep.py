@@ -26,7 +26,7 @@ from tests.orchestrator.test_sweep import (
     wait_for,
     workers,
 )
-from trainables import corpus, heads, rankfit
+from trainables import corpus, rankfit, zoo
 
 RANKFIT: dict[str, Any] = {
     "name": "tiny",
@@ -165,7 +165,7 @@ def test_a_killed_worker_and_a_killed_driver_lose_nothing(
     trials = grid.load(path).trials
     rankfit.fit(trials, tmp_path / "whole", cache)
     sweep = tmp_path / "runs" / "tiny"
-    fitted = sum(t["head"]["kind"] not in heads.BASELINES for t in trials)
+    fitted = sum(t["head"]["kind"] not in zoo.BASELINES for t in trials)
     with running(tmp_path) as driver:  # its runs in the file that is there by default
         victim = wait_for(lambda: saved(sweep) >= fitted and workers(driver))[0]
         victim.kill()

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 import transformers
 
 from analysis.errors import BadInput
-from trainables import frozen, pretrain
+from trainables import frozen, pretrain, pretrained
 
 CPU = torch.device("cpu")
 SMALL: dict[str, dict[str, Any]] = {
@@ -48,7 +48,7 @@ def test_own_head_on_its_states_gives_the_models_own_logits(tmp_path: Path, kind
     found = frozen.load(section(tmp_path), "fp32", CPU)
     mine = F.linear(found.hidden(ids), found.weight, found.bias)
     assert (mine - logits).abs().max() < 1e-5
-    assert found.weight.shape == (100, frozen.shape(section(tmp_path), 16).d)
+    assert found.weight.shape == (100, pretrained.shape(section(tmp_path), 16).d)
     assert not any(p.requires_grad for p in found.model.parameters())
 
 
@@ -119,10 +119,10 @@ def test_a_trial_of_a_sweep_is_loaded_with_the_head_it_has(
     with torch.no_grad():
         logits = built.head(built.hidden(ids))
     assert (F.linear(found.hidden(ids), found.weight) - logits).abs().max() < 1e-5
-    assert frozen.name(model) == f"nano-16@{tiny_trial['id'][:6]}"
+    assert pretrained.name(model) == f"nano-16@{tiny_trial['id'][:6]}"
     for file in (tmp_path / "records" / "trials").iterdir():
         file.write_bytes(b"")
-    assert frozen.name(model) == tiny_trial["id"]
+    assert pretrained.name(model) == tiny_trial["id"]
 
 
 @pytest.mark.parametrize("head", [{"kind": "mos", "experts": 2}, {"kind": "sigsoftmax"}])
@@ -135,13 +135,13 @@ def test_a_head_that_is_not_linear_is_refused(
     pretrain.train(tiny_trial, tmp_path, cache)
     model = section(tmp_path / "trials" / tiny_trial["id"])
     with pytest.raises(BadInput, match=f"output head is not linear but {head['kind']}"):
-        frozen.shape(model, 16)
+        pretrained.shape(model, 16)
 
 
 def test_capped_logits_are_refused_by_their_setting_and_by_their_numbers(tmp_path: Path) -> None:
     saved(tmp_path, "Gemma2", intermediate_size=64, final_logit_softcapping=1.0)
     with pytest.raises(BadInput, match=r"logits are not W h \(final_logit_softcapping is 1.0\)"):
-        frozen.shape(section(tmp_path), 16)
+        pretrained.shape(section(tmp_path), 16)
     with pytest.raises(BadInput, match=r"logits are not those of its output matrix"):
         frozen.load(section(tmp_path), "fp32", CPU)
 
@@ -168,7 +168,7 @@ def test_a_pickle_is_not_read(tmp_path: Path) -> None:
 def test_fingerprint_follows_the_contents_alone(tmp_path: Path) -> None:
     saved(tmp_path / "a", "Llama")
     saved(tmp_path / "b", "Llama")
-    before = frozen.fingerprint(section(tmp_path / "a"))
-    assert before == frozen.fingerprint(section(tmp_path / "b"))
+    before = pretrained.fingerprint(section(tmp_path / "a"))
+    assert before == pretrained.fingerprint(section(tmp_path / "b"))
     saved(tmp_path / "b", "Llama", rope_theta=5e5)
-    assert before != frozen.fingerprint(section(tmp_path / "b"))
+    assert before != pretrained.fingerprint(section(tmp_path / "b"))

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from analysis import spectrum
 from tests.conftest import head_section
-from trainables import backbones, heads, pretrain
+from trainables import backbones, heads, pretrain, zoo
 from trainables.heads import CHUNK, LinearHead, token_stats
 
 V, D = 101, 16
@@ -138,7 +138,7 @@ def _piecewise(x: Any, edges: Any, values: Any, slopes: Any) -> torch.Tensor:
     return values[i] + slopes[i] * (x - edges[i])
 
 
-@pytest.mark.parametrize("given", ZOO, ids=heads.label)
+@pytest.mark.parametrize("given", ZOO, ids=zoo.label)
 def test_every_head_is_its_formula(given: dict[str, Any]) -> None:
     """Values, loss and all gradients in float64, over more than one chunk; fp32 beside it."""
     torch.manual_seed(3)
@@ -174,29 +174,29 @@ def test_every_head_is_its_formula(given: dict[str, Any]) -> None:
     assert single.item() == pytest.approx(loss.item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("given", ZOO, ids=heads.label)
+@pytest.mark.parametrize("given", ZOO, ids=zoo.label)
 def test_every_head_states_its_parameters(given: dict[str, Any]) -> None:
     head = heads.make(given, 50, 8)
-    assert heads.cost(given, 50, 8).params == sum(p.numel() for p in head.parameters())
+    assert zoo.cost(given, 50, 8).params == sum(p.numel() for p in head.parameters())
 
 
 @pytest.mark.parametrize(("v", "d", "rank"), [(4096, 64, 16), (49152, 576, 64), (1024, 16, 2)])
 def test_a_small_network_costs_a_linear_head_of_its_rank(v: int, d: int, rank: int) -> None:
-    mlp, linear = (heads.cost(head_section(k, rank), v, d).params for k in ("mlp", "linear"))
+    mlp, linear = (zoo.cost(head_section(k, rank), v, d).params for k in ("mlp", "linear"))
     assert 0 <= linear - mlp < d + rank
 
 
-@pytest.mark.parametrize("given", ZOO, ids=heads.label)
+@pytest.mark.parametrize("given", ZOO, ids=zoo.label)
 def test_every_heads_products_are_counted_by_torch(given: dict[str, Any]) -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
     head, counter = heads.make(given, 50, 8), FlopCounterMode(display=False)
     with counter:
         head(torch.randn(7, 8))
-    assert counter.get_total_flops() == 2 * 7 * heads.cost(given, 50, 8).products
+    assert counter.get_total_flops() == 2 * 7 * zoo.cost(given, 50, 8).products
 
 
-@pytest.mark.parametrize("given", ZOO, ids=heads.label)
+@pytest.mark.parametrize("given", ZOO, ids=zoo.label)
 def test_every_head_starts_near_ln_v(given: dict[str, Any]) -> None:
     torch.manual_seed(4)
     head = heads.make(given, 4096, 64)
@@ -231,7 +231,7 @@ def test_own_directions_are_the_heads_top_ones() -> None:
 
 
 @pytest.mark.parametrize(
-    "given", [head_section("mos", experts=4), head_section("sigsoftmax")], ids=heads.label
+    "given", [head_section("mos", experts=4), head_section("sigsoftmax")], ids=zoo.label
 )
 def test_no_head_holds_all_logits_for_its_backward_pass(given: dict[str, Any]) -> None:
     """What autograd keeps between the passes is a few tokens' worth of logits at most."""

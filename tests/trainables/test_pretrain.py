@@ -13,7 +13,7 @@ import torch
 
 from analysis import records
 from tests.conftest import TIMING, head_section, train_apart, two_workers
-from trainables import corpus, heads, pretrain
+from trainables import corpus, heads, pretrain, zoo
 
 OTHER = {"size": None, "residual": None}  # fields of a model that is not on the ladder
 
@@ -159,7 +159,7 @@ ZOO = [
 ]
 
 
-@pytest.mark.parametrize("head", ZOO, ids=heads.label)
+@pytest.mark.parametrize("head", ZOO, ids=zoo.label)
 def test_every_head_trains_and_resumes_bit_for_bit(
     head: dict[str, Any], tiny_trial: dict[str, Any], tmp_path: Path, cache: Path
 ) -> None:
@@ -175,7 +175,7 @@ def test_every_head_trains_and_resumes_bit_for_bit(
     reached = rows.sort("step")["value"][-1]
     # 32 tokens in 16 dimensions: what is not linear passes the rank of its matrix.
     assert reached == {"backward": 16, "mlp": 3}.get(head["kind"], 32)
-    assert records.scan(whole, "trials").collect()["head"].item() == heads.label(head)
+    assert records.scan(whole, "trials").collect()["head"].item() == zoo.label(head)
 
 
 def test_a_mixture_trains_with_its_parameters_sharded(

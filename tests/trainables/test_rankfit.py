@@ -13,7 +13,7 @@ import torch
 from analysis import records, spectrum
 from orchestrator import grid
 from tests.conftest import TIMING, two_workers
-from trainables import checkpoint, corpus, features, frozen, heads, rankfit
+from trainables import checkpoint, corpus, features, frozen, pretrained, rankfit, zoo
 
 CPU = torch.device("cpu")
 
@@ -51,7 +51,7 @@ def same(a: Path, b: Path, trial: str) -> None:
 
 
 def trained(some: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [t for t in some if t["head"]["kind"] not in heads.BASELINES]
+    return [t for t in some if t["head"]["kind"] not in zoo.BASELINES]
 
 
 ZOO = [
@@ -152,7 +152,7 @@ def _never(self: Any, ids: Any) -> Any:
 
 def _unchecked(model: dict[str, Any], precision: str, device: torch.device) -> Any:
     """The loader without its own trial pass."""
-    folder = frozen.folder(model["pretrained"])
+    folder = pretrained.folder(model["pretrained"])
     import transformers
 
     net = transformers.AutoModelForCausalLM.from_pretrained(folder)
@@ -167,7 +167,7 @@ def test_baselines_are_what_numpy_makes_of_them(
     import transformers
 
     some = trials(tmp_path, backbone, head={"rank": [2, "full"]})
-    rankfit.fit([t for t in some if t["head"]["kind"] in heads.BASELINES], tmp_path, cache)
+    rankfit.fit([t for t in some if t["head"]["kind"] in zoo.BASELINES], tmp_path, cache)
     text = corpus.find(corpus.key(some[0]["text"]), cache)
     assert text
     shard = text.shard("held_out")
@@ -185,7 +185,7 @@ def test_baselines_are_what_numpy_makes_of_them(
         .collect()["value"]
         .item()
         for t in some
-        if t["head"]["kind"] in heads.BASELINES
+        if t["head"]["kind"] in zoo.BASELINES
     }
     for kind, matrix in (("own", w), ("svd", plain)):
         expected = torch.nn.functional.cross_entropy(
