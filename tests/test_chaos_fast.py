@@ -28,7 +28,7 @@ GRID: dict[str, Any] = {
     **runs.PRETRAIN,
     "model": {"size": "nano-8"},
     "seed": 0,
-    "train": {"tokens": 300_000, "batch": 8, "sequence": 64},
+    "train": {"tokens": 130_000, "batch": 8, "sequence": 64},
     "checkpoints": 15,
 }
 

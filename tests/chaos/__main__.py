@@ -5,6 +5,8 @@ What was tried is written into docs/reliability.md. Exit code 1 where anything w
 otherwise.
 """
 
+import itertools
+import os
 import shutil
 import sys
 import tempfile
@@ -48,10 +50,11 @@ def main(only: tuple[str, ...], seed: int, count: int | None, keep: bool) -> Non
     print(f"seed {seed}, in {home}", flush=True)
     whom = tuple(w for w in kills.WHOM if not only or "kills" in only or w in only)
     wanted = Wanted(whom, tuple(f for f in FAULTS if not only or f in only), seed, count)
+    cores = os.sched_getaffinity(0)
     with ProcessPoolExecutor(len(STREAMS), mp_context=get_context("spawn")) as pool:
         streams = [
-            pool.submit(stream, home / str(i), home / "cache", parts, wanted)
-            for i, parts in enumerate(STREAMS)
+            pool.submit(stream, home / str(i), home / "cache", parts, ({core}, cores), wanted)
+            for i, (parts, core) in enumerate(zip(STREAMS, itertools.cycle(sorted(cores))))
         ]
         found = sum((one.result() for one in streams), start=Found())
     told = rows(found, whom)

@@ -221,15 +221,15 @@ def hopeless(home: Home, subject: Subject, rng: random.Random, count: int) -> Fo
 
 def lost_store(home: Home, subject: Subject, rng: random.Random, count: int) -> Found:
     """MLflow's server is killed and comes back, answers no more for a minute, goes for good."""
-    out, wrong = home.folder / "store", []
+    out, wrong, tried = home.folder / "store", [], 0
     home.folder.joinpath("server").mkdir()
     server = Server(home.folder / "server")
     try:
         with _sweep(home, subject, out, "--tracking-uri", server.uri) as started:
-            for number in range(1, count + 1):
-                wait(started.ended, rng.uniform(1, subject.began))
-                print(f"store {number}: {'killed' if number % 2 else 'stopped'}", flush=True)
-                if number % 2:
+            while tried < count and not wait(started.ended, rng.uniform(1, subject.began)):
+                tried += 1
+                print(f"store {tried}: {'killed' if tried % 2 else 'stopped'}", flush=True)
+                if tried % 2:
                     server.kill()
                     wait(started.ended, rng.uniform(5, 20))
                     server.start()
@@ -246,7 +246,7 @@ def lost_store(home: Home, subject: Subject, rng: random.Random, count: int) -> 
     ran = finish(home, _log(out), "track", str(out / "chaos"))
     if ran.process.returncode:
         wrong.append(f"track ended with {ran.process.returncode}: {ran.said[-300:]}")
-    return count + 1, wrong + same.differences(out / "chaos", subject.out / "chaos")
+    return tried + 1, wrong + same.differences(out / "chaos", subject.out / "chaos")
 
 
 def _wanted(subject: Subject, out: Path, *more: str) -> list[str]:

@@ -24,12 +24,12 @@ WHOM = {"worker": "a worker", "driver": "the driver", "cluster": "driver, Ray an
 
 # How often so; after a change in which folders under --out, if any; at most how many seconds later.
 MOMENTS: dict[str, tuple[int, str, float]] = {
-    "any time": (3, "", 0.0),
+    "any time": (4, "", 0.0),
     "start": (2, "", 0.0),
     "checkpoint": (3, "chaos/trials/*/checkpoints", 0.06),
     "records": (2, "chaos/records/*", 0.02),
-    "MLflow": (1, "mlflow.db", 0.02),
-    "trial's end": (2, "chaos/trials/*", 0.4),
+    "MLflow": (2, "mlflow.db", 0.02),
+    "trial's end": (1, "chaos/trials/*", 0.4),
     "sweep's end": (1, "chaos/report", 2.0),
     "birth": (0, ".", 3.0),  # of a new sweep and of MLflow's store
 }

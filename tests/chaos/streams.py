@@ -1,5 +1,6 @@
 """What is tried at once: each stream in a process of its own, one part after the other."""
 
+import os
 import random
 from collections import Counter
 from collections.abc import Callable
@@ -9,14 +10,14 @@ from pathlib import Path
 from orchestrator import ledger
 from tests.chaos import faults, inputs, kills, nodes, runs
 
-SHARES = {"pretrain": 0.6, "rankfit": 0.32, "team": 0.08}  # of the kills, by grid
+SHARES = {"pretrain": 0.56, "pair": 0.06, "rankfit": 0.34, "team": 0.04}  # of the kills, by part
 # What is promised, how it is tried, how often.
 FAULTS: dict[str, tuple[str, str, Callable[..., faults.Found], int]] = {
     "notice": (
         "A worker that is told to end saves first",
         "SIGTERM to workers at random moments; a checkpoint newer than it",
         faults.notice,
-        6,
+        4,
     ),
     "nodes": (
         "Nodes may go; with notice a fifth of the time between checkpoints is lost at most",
@@ -28,7 +29,7 @@ FAULTS: dict[str, tuple[str, str, Callable[..., faults.Found], int]] = {
         "`lmsat verify` names every damaged file, and no other",
         "one file cut, emptied, zeroed, lengthened, deleted, or with a bit flipped",
         faults.damage,
-        60,
+        30,
     ),
     "recovery": (
         "The last valid checkpoint and records are gone on from, loudly",
@@ -52,13 +53,13 @@ FAULTS: dict[str, tuple[str, str, Callable[..., faults.Found], int]] = {
         "A sweep has one driver",
         "the same command twice at once, and at random moments of a sweep",
         faults.rivals,
-        6,
+        4,
     ),
     "hopeless": (
         "A trial that always fails is retried as the grid says, and the others finish",
         "a checkpoint that the trial cannot go on from",
         faults.hopeless,
-        3,
+        2,
     ),
     "inputs": (
         "Malformed input ends in one line, with the right exit code",
@@ -68,8 +69,9 @@ FAULTS: dict[str, tuple[str, str, Callable[..., faults.Found], int]] = {
     ),
 }
 Row = tuple[str, str, str, list[str]]  # promise, how it was tried, how often, what was wrong
-# What goes on at once, in a process of its own each, one part after the other.
-STREAMS = (("pretrain",), ("faults", "rankfit", "team"))
+# What goes on at once, in a process and on a core of its own each, one part after the other.
+STREAMS = (("pretrain", "pair"), ("faults", "rankfit", "team"))
+WIDE = {"pair": "pretrain", "team": "team"}  # on all cores, with two workers; and of which grid
 
 
 @dataclass
@@ -122,12 +124,19 @@ class Bench:
         return sweep / "trials" / id / "model"
 
 
-def stream(folder: Path, cache: Path, parts: tuple[str, ...], wanted: Wanted) -> Found:
-    """One part after the other."""
+def stream(
+    folder: Path,
+    cache: Path,
+    parts: tuple[str, ...],
+    cores: tuple[set[int], set[int]],
+    wanted: Wanted,
+) -> Found:
+    """One part after the other, on its own of the cores, or on all."""
     folder.mkdir()
     home = runs.Home(folder, cache)
     bench, found = Bench(home), Found()
     for part in parts:
+        os.sched_setaffinity(0, cores[part in WIDE])
         found += befall(bench, wanted) if part == "faults" else strike(bench, part, wanted)
     return found
 
@@ -149,7 +158,7 @@ def strike(bench: Bench, name: str, wanted: Wanted) -> Found:
     share = round((wanted.count or 50) * SHARES[name])
     if not wanted.whom or not share:
         return Found()
-    attack = kills.Attack(bench.home, bench[name], f"{name} {wanted.seed}")
+    attack = kills.Attack(bench.home, bench[WIDE.get(name, name)], f"{name} {wanted.seed}")
     attack.go(kills.draw(dict.fromkeys(wanted.whom, share), attack.seed))
     struck = Counter[str]()
     for (who, _), times in attack.struck.items():
