@@ -24,10 +24,13 @@ audit:
 	.venv/audit/bin/python -m pip install --quiet pip-audit
 	.venv/audit/bin/pip-audit -s osv -r constraints.txt --no-deps --disable-pip
 
-# Sweeps killed, filled and damaged: docs/reliability.md.
-chaos: export OMP_NUM_THREADS = 1
+# Sweeps killed; and noticed, damaged, filled: docs/reliability.md.
+chaos faults: export OMP_NUM_THREADS = 1
 chaos: .venv/ready
 	$(BIN)/python -m tests.chaos
+
+faults: .venv/ready
+	$(BIN)/python -m tests.chaos --only faults
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "lmsat needs Python 3.11 or newer; try: make PYTHON=python3.12")'
@@ -36,4 +39,4 @@ chaos: .venv/ready
 	$(BIN)/python -m pip install --progress-bar off -q -c constraints.txt -e . --group dev
 	touch $@
 
-.PHONY: sweep test docs chaos audit
+.PHONY: sweep test docs chaos faults audit

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from analysis import ngrams
+from tests import forked
 
 # Metrics that no two runs share.
 TIMING = ("tokens_per_second", "training_seconds", "probe_seconds", "peak_memory")
@@ -97,15 +98,6 @@ def train_apart(
     assert done.returncode == 0, done.stderr
 
 
-LOADED = (
-    "trainables.pretrain",
-    "trainables.rankfit",
-    "transformers.models.gpt_neox.modeling_gpt_neox",
-    "deepspeed",
-    "deepspeed.runtime.zero.muon.muon_optimizer",  # loads torch's compiler, in every engine
-)
-
-
 def two_workers(work: Callable[..., None], *args: Any) -> None:
     """`work(rank, store, *args)` in two processes at once, forked off one that has loaded what a
     worker needs; `store` is a file where they meet."""
@@ -118,7 +110,7 @@ def in_world(workers: int, work: Callable[..., None], *args: Any) -> None:
 
 
 def _start(workers: int, work: Callable[..., None], *args: Any) -> None:
-    multiprocessing.set_forkserver_preload([*LOADED])
+    multiprocessing.set_forkserver_preload([*forked.LOADED])
     with tempfile.TemporaryDirectory() as folder:
         store = Path(folder) / "store"
         torch.multiprocessing.start_processes(

@@ -24,10 +24,10 @@ WHOM = {"worker": "a worker", "driver": "the driver", "cluster": "driver, Ray an
 
 # How often so; after a change in which folders under --out, if any; at most how many seconds later.
 MOMENTS: dict[str, tuple[int, str, float]] = {
-    "any time": (4, "", 0.0),
+    "any time": (6, "", 0.0),
     "start": (2, "", 0.0),
-    "checkpoint": (3, "chaos/trials/*/checkpoints", 0.06),
-    "records": (2, "chaos/records/*", 0.02),
+    "checkpoint": (2, "chaos/trials/*/checkpoints", 0.06),
+    "records": (1, "chaos/records/*", 0.02),
     "MLflow": (2, "mlflow.db", 0.02),
     "trial's end": (1, "chaos/trials/*", 0.4),
     "sweep's end": (1, "chaos/report", 2.0),
@@ -39,7 +39,6 @@ MOMENTS: dict[str, tuple[int, str, float]] = {
 class Subject:
     """A grid, and what came of it where nobody interfered."""
 
-    name: str
     grid: Path
     out: Path
     began: float
@@ -54,15 +53,14 @@ class Subject:
 def untouched(home: Home, name: str, grid: Path) -> Subject:
     """Run the grid to its end. Raises RuntimeError where it does not come to it."""
     trial = grids.load(grid).trials[0]  # its text first, which no other command will wait for
-    cache = Path(home.environment["LMSAT_CACHE"])
-    corpus.prepare(trial["corpus"], trial["tokenizer"], trial["text"], cache)
+    corpus.prepare(trial["corpus"], trial["tokenizer"], trial["text"], home.cache)
     out, log = home.folder / f"{name}-whole", home.folder / f"{name}-whole.log"
     with command(home, log, "sweep", "--grid", str(grid), "--out", str(out)) as started:
         wait(lambda: any(out.glob("chaos/trials/*/checkpoints/step-*")) or started.ended(), 200)
         began = time.monotonic() - started.began
         if not wait(started.ended, 400) or started.process.returncode:
             raise RuntimeError(f"{grid} does not even run alone:\n{started.said}")
-    return Subject(name, grid, out, began)
+    return Subject(grid, out, began)
 
 
 def draw(whom: dict[str, int], seed: str) -> list[Strike]:
@@ -83,6 +81,8 @@ class Attack:
 
     home: Home
     subject: Subject
+    name: str
+    """Of its sweeps' folders: one that was there before has a store that is still open here."""
     seed: str
     struck: Counter[Strike] = field(default_factory=Counter)
     found: Counter[str] = field(default_factory=Counter)
@@ -98,7 +98,7 @@ class Attack:
         left = strikes[::-1]
         while left and not self.wrong:
             self.sweeps += 1
-            out = self.home.folder / f"{self.subject.name}-{self.sweeps}"
+            out = self.home.folder / f"{self.name}-{self.sweeps}"
             log = out.with_suffix(".log")
             try:
                 while self._run(out, log, left):
@@ -140,9 +140,9 @@ class Attack:
         began = self.subject.began
         if who == "worker":  # there may be several, one after the other
             wait(lambda: started.workers() or started.ended(), self.subject.patience, 0.2)
-            span = 8.0
+            span = 0.2 * began
         else:
-            span = {"any time": began + 10, "birth": 0.0}.get(moment, began)
+            span = 0.0 if moment == "birth" else began
         wait(started.ended, self.rng.uniform(0, span))
         if folders:
             before = _stirred(out, folders)
@@ -166,7 +166,7 @@ class Attack:
         self.struck[who, moment] += 1
         self.found[at] += 1
         number, after = self.struck.total(), time.monotonic() - started.began
-        where = f"{self.subject.name} sweep {self.sweeps}"
+        where = f"{self.name} sweep {self.sweeps}"
         print(f"{where}, kill {number}: {who}, {moment}, {after:.1f} s, {at}", flush=True)
         return True
 
@@ -179,7 +179,7 @@ class Attack:
         self.wrong += same.differences(out / "chaos", self.subject.out / "chaos")
         lines = [f"{len(self.wrong)} differences, {out}", *self.wrong[:20]]
         said = "\n  ".join(lines) if self.wrong else "the same"
-        print(f"{self.subject.name} sweep {self.sweeps}: {said}", flush=True)
+        print(f"{self.name} sweep {self.sweeps}: {said}", flush=True)
         if not self.wrong:
             shutil.rmtree(out)
 

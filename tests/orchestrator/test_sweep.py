@@ -26,13 +26,13 @@ from orchestrator import cluster, lease, ledger, place, progress, tracking
 from orchestrator.cli import main
 from tests import schemas
 from tests.conftest import TIMING, TINY
+from tests.forked import SCRIPT, Forked, lmsat
 from trainables import pretrain
 
 
 def command(*args: str, **options: Any) -> subprocess.CompletedProcess[str]:
     # The installed script, as a user has it: `python -m` would put the directory on the path.
-    script = Path(sys.executable).parent / "lmsat"
-    return subprocess.run([str(script), *args], capture_output=True, text=True, **options)
+    return subprocess.run([str(SCRIPT), *args], capture_output=True, text=True, **options)
 
 
 def here(folder: Path, *args: str) -> Result:
@@ -178,12 +178,12 @@ def test_a_changed_grid_under_an_old_name_is_refused(swept: Path) -> None:
 
 def test_a_second_driver_is_refused(swept: Path) -> None:
     with lease.hold(swept / "runs" / "tiny"):
-        done = command("sweep", "--grid", "tiny.yaml", cwd=swept)
+        done = lmsat("sweep", "--grid", "tiny.yaml", cwd=swept)
     assert done.returncode == 2 and "another `lmsat` is at work" in done.stderr
 
 
 def test_status_shows_every_trial(swept: Path) -> None:
-    shown = json.loads(command("status", "tiny", "--json", cwd=swept).stdout)["trials"]
+    shown = json.loads(lmsat("status", "tiny", "--json", cwd=swept).stdout)["trials"]
     assert [t["trial"] for t in shown] == [
         "nano-8 r=2 s=0",
         "nano-8 r=full s=0",
@@ -232,23 +232,14 @@ def serving(args: list[str], port: int, **options: Any) -> Iterator[str]:
 
 
 @contextmanager
-def running(
-    folder: Path, *more: str, env: dict[str, str] | None = None
-) -> Iterator[subprocess.Popen[str]]:
+def running(folder: Path, *more: str, env: dict[str, str] | None = None) -> Iterator[Forked]:
     """A sweep of long trials, at work; on an MLflow server if one is named."""
-    script = str(Path(sys.executable).parent / "lmsat")
-    with subprocess.Popen(
-        [script, "sweep", "--grid", "tiny.yaml", *more],
-        cwd=folder,
-        env=env,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    ) as driver:
-        try:
-            yield driver
-        finally:
-            driver.kill()
+    sweep, said = ("sweep", "--grid", "tiny.yaml", *more), folder / "said"
+    driver = Forked(*sweep, cwd=folder, out=said, err=said, env=env)
+    try:
+        yield driver
+    finally:
+        driver.kill()
 
 
 def wait_for(what: Any, seconds: float = 120) -> Any:
@@ -260,7 +251,7 @@ def wait_for(what: Any, seconds: float = 120) -> Any:
     raise AssertionError("waited in vain")
 
 
-def workers(driver: subprocess.Popen[str]) -> list[psutil.Process]:
+def workers(driver: Forked) -> list[psutil.Process]:
     """Ray workers that run a trial now."""
     family = psutil.Process(driver.pid).children(recursive=True)
     return [p for p in family if re.match(r"ray::.*\.train", " ".join(p.cmdline()))]
@@ -313,7 +304,7 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(
         client = MlflowClient(address)
         experiment = client.get_experiment_by_name("tiny").experiment_id
         before = {r.info.run_id for r in client.search_runs([experiment])}
-        again = command("sweep", "--grid", "tiny.yaml", "--tracking-uri", address, cwd=tmp_path)
+        again = lmsat("sweep", "--grid", "tiny.yaml", "--tracking-uri", address, cwd=tmp_path)
         assert again.returncode == 0, again.stderr
         assert_same(sweep, uninterrupted)
         runs = client.search_runs([experiment])
@@ -368,7 +359,7 @@ def test_one_trials_end_is_not_the_others(tmp_path: Path, cache: Path) -> None:
     sweep, calls = tmp_path / "runs" / "tiny", iter(range(20))
     stage0 = {**broken, "deepspeed": {**broken["deepspeed"], "stage": 0}}
     pretrain.train(stage0, sweep, cache, should_stop=lambda: next(calls, None) is None)
-    done = command("sweep", "--grid", "tiny.yaml", cwd=tmp_path)
+    done = lmsat("sweep", "--grid", "tiny.yaml", cwd=tmp_path)
     assert done.returncode == 1
     found = {e["trial"]["name"]: e for e in ledger.read(sweep).values()}
     statuses = {name: entry["status"] for name, entry in found.items()}

@@ -14,9 +14,9 @@ import yaml
 
 from orchestrator import grid, ledger, place
 from tests import rays
+from tests.forked import lmsat
 from tests.orchestrator.test_sweep import (
     checkpoints,
-    command,
     free_port,
     here,
     measured,
@@ -85,7 +85,7 @@ def test_teams_over_two_nodes_compete_and_equal_one_worker(
     known = {**os.environ, **rays.TOKEN}
     sweep, kept = ["sweep", "--grid", "tiny.yaml"], tmp_path / "kept"
     to = ["--address", two_nodes, "--checkpoints", f"file://{kept}"]
-    done = command(*sweep, *to, cwd=tmp_path, env=known)
+    done = lmsat(*sweep, *to, cwd=tmp_path, env=known)
     assert done.returncode == 0, done.stderr
     assert "3 done" in done.stderr
     ids = {t["id"] for t in grid.load(path).trials}
@@ -146,7 +146,7 @@ def test_a_team_loses_a_worker_and_who_waits_is_stopped_and_one_worker_goes_on(
     stopped = max(checkpoints(sweep))
     assert stopped.name >= third.name > second.name > first.name
     write_grid(tmp_path, **long, deepspeed={"stage": 2})
-    done = command("sweep", "--grid", "tiny.yaml", cwd=tmp_path)
+    done = lmsat("sweep", "--grid", "tiny.yaml", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert_near(sweep, alone(tmp_path, cache, **long))
 
@@ -211,19 +211,19 @@ def test_a_cluster_grows_for_what_is_to_be_done_and_shrinks_again(
     two = {**SHORT, "deepspeed": {"stage": 1}}
     write_grid(tmp_path, **two, resources={"workers": 2})
     sweep = ["sweep", "--grid", "tiny.yaml", "--address", growing]
-    done = command(*sweep, "--checkpoints", "kept", cwd=tmp_path)
+    done = lmsat(*sweep, "--checkpoints", "kept", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert list((tmp_path / "kept").glob("*/step-*/manifest.json"))
     assert_near(tmp_path / "runs" / "tiny", alone(tmp_path, cache, **SHORT))
 
     wait_for(lambda: nodes(growing) == 1)
     np.save(tmp_path / "head.npy", np.eye(8))
-    done = command("probe", "head.npy", cwd=tmp_path, env={**os.environ, "RAY_ADDRESS": growing})
+    done = lmsat("probe", "head.npy", cwd=tmp_path, env={**os.environ, "RAY_ADDRESS": growing})
     assert done.returncode == 0, done.stderr
     assert nodes(growing) == 2
 
     write_grid(tmp_path, name="never", **two, resources={"workers": 4})
-    done = command(*sweep, cwd=tmp_path)
+    done = lmsat(*sweep, cwd=tmp_path)
     assert done.returncode == 2
     assert "a trial wants 4 with 1 cpus each, the cluster has room for 2 at most" in done.stderr
     assert not (tmp_path / "runs" / "never").exists()
