@@ -1,5 +1,9 @@
 """`lmsat` in a process of its own that need not load anything: forked, as it begins, off one that
-has loaded what commands and workers load. It does what the installed script does from there on."""
+has loaded what commands and workers load. It does what the installed script does from there on.
+
+What libraries read of the environment when they are loaded stays as it was: a command that joins a
+cluster by its token, or a hub by its address, has to be the script itself.
+"""
 
 import multiprocessing
 import os

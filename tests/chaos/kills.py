@@ -141,8 +141,8 @@ class Attack:
         if who == "worker":  # there may be several, one after the other
             wait(lambda: started.workers() or started.ended(), self.subject.patience, 0.2)
             span = 0.2 * began
-        else:
-            span = 0.0 if moment == "birth" else began
+        else:  # MLflow is opened first of all
+            span = {"birth": 0.0, "MLflow": 0.2 * began}.get(moment, began)
         wait(started.ended, self.rng.uniform(0, span))
         if folders:
             before = _stirred(out, folders)

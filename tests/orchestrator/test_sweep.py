@@ -232,14 +232,22 @@ def serving(args: list[str], port: int, **options: Any) -> Iterator[str]:
 
 
 @contextmanager
-def running(folder: Path, *more: str, env: dict[str, str] | None = None) -> Iterator[Forked]:
-    """A sweep of long trials, at work; on an MLflow server if one is named."""
-    sweep, said = ("sweep", "--grid", "tiny.yaml", *more), folder / "said"
-    driver = Forked(*sweep, cwd=folder, out=said, err=said, env=env)
+def running(folder: Path, *more: str, env: dict[str, str] | None = None) -> Iterator[Any]:
+    """A sweep of long trials, at work; on an MLflow server if one is named. With an environment of
+    its own, which may tell Ray the token of another cluster, it is forked off nobody."""
+    sweep, said = ["sweep", "--grid", "tiny.yaml", *more], folder / "said"
+    driver: Any
+    if env is None:
+        driver = Forked(*sweep, cwd=folder, out=said, err=said, env=None)
+    else:
+        with said.open("wb") as to:
+            line = [str(SCRIPT), *sweep]
+            driver = subprocess.Popen(line, cwd=folder, env=env, stdout=to, stderr=to)
     try:
         yield driver
     finally:
         driver.kill()
+        driver.wait()
 
 
 def wait_for(what: Any, seconds: float = 120) -> Any:

@@ -17,6 +17,7 @@ from tests import rays
 from tests.forked import lmsat
 from tests.orchestrator.test_sweep import (
     checkpoints,
+    command,
     free_port,
     here,
     measured,
@@ -85,7 +86,7 @@ def test_teams_over_two_nodes_compete_and_equal_one_worker(
     known = {**os.environ, **rays.TOKEN}
     sweep, kept = ["sweep", "--grid", "tiny.yaml"], tmp_path / "kept"
     to = ["--address", two_nodes, "--checkpoints", f"file://{kept}"]
-    done = lmsat(*sweep, *to, cwd=tmp_path, env=known)
+    done = command(*sweep, *to, cwd=tmp_path, env=known)
     assert done.returncode == 0, done.stderr
     assert "3 done" in done.stderr
     ids = {t["id"] for t in grid.load(path).trials}
@@ -211,19 +212,19 @@ def test_a_cluster_grows_for_what_is_to_be_done_and_shrinks_again(
     two = {**SHORT, "deepspeed": {"stage": 1}}
     write_grid(tmp_path, **two, resources={"workers": 2})
     sweep = ["sweep", "--grid", "tiny.yaml", "--address", growing]
-    done = lmsat(*sweep, "--checkpoints", "kept", cwd=tmp_path)
+    done = command(*sweep, "--checkpoints", "kept", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert list((tmp_path / "kept").glob("*/step-*/manifest.json"))
     assert_near(tmp_path / "runs" / "tiny", alone(tmp_path, cache, **SHORT))
 
     wait_for(lambda: nodes(growing) == 1)
     np.save(tmp_path / "head.npy", np.eye(8))
-    done = lmsat("probe", "head.npy", cwd=tmp_path, env={**os.environ, "RAY_ADDRESS": growing})
+    done = command("probe", "head.npy", cwd=tmp_path, env={**os.environ, "RAY_ADDRESS": growing})
     assert done.returncode == 0, done.stderr
     assert nodes(growing) == 2
 
     write_grid(tmp_path, name="never", **two, resources={"workers": 4})
-    done = lmsat(*sweep, cwd=tmp_path)
+    done = command(*sweep, cwd=tmp_path)
     assert done.returncode == 2
     assert "a trial wants 4 with 1 cpus each, the cluster has room for 2 at most" in done.stderr
     assert not (tmp_path / "runs" / "never").exists()
