@@ -219,8 +219,8 @@ BEYOND = {"N": np.array([1e10]), "D": np.array([1e12])}
 
 
 def test_intervals_cover_as_often_as_they_say() -> None:
-    """Of each constant, and of the law at ten times the size and tokens, in 250 worlds."""
-    worlds, beyond = 250, powerlaw.predict(CHINCHILLA, HOFFMANN, BEYOND)[0]
+    """Of each constant, and of the law at ten times the size and tokens, in 500 worlds."""
+    worlds, beyond = 500, powerlaw.predict(CHINCHILLA, HOFFMANN, BEYOND)[0]
     truth = HOFFMANN | {"law": beyond}
     hits = {(name, level): 0 for name in truth for level in (0.8, 0.95)}
     for seed in range(worlds):
