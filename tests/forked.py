@@ -12,6 +12,7 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Self
 
 LOADED = (
     "analysis.evidence",
@@ -34,7 +35,12 @@ class Forked:
     """As much of subprocess.Popen as tests need; what the command says goes to the end of files."""
 
     def __init__(
-        self, *arguments: object, cwd: Path, out: Path, err: Path, env: Mapping[str, str] | None
+        self,
+        *arguments: object,
+        cwd: Path,
+        out: Path,
+        err: Path,
+        env: Mapping[str, str] | None = None,
     ) -> None:
         multiprocessing.set_forkserver_preload([*LOADED])
         given = dict(os.environ if env is None else env), os.sched_getaffinity(0)
@@ -47,6 +53,13 @@ class Forked:
         self._process.start()
         assert self._process.pid
         self.pid: int = self._process.pid
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
+        self.wait()
 
     @property
     def returncode(self) -> int | None:

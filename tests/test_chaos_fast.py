@@ -47,7 +47,7 @@ def whole(home: runs.Home) -> kills.Subject:
 def test_nothing_is_lost_or_doubled_whatever_is_killed(
     home: runs.Home, whole: kills.Subject
 ) -> None:
-    attack = kills.Attack(home, whole, "fast", "fast")
+    attack = kills.Attack(home, whole, "fast")
     strikes = [("cluster", "birth"), ("driver", "checkpoint")]
     attack.go(strikes)
     assert attack.wrong == []

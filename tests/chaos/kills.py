@@ -77,13 +77,12 @@ def draw(whom: dict[str, int], seed: str) -> list[Strike]:
 
 @dataclass
 class Attack:
-    """On sweeps of one grid, by a seed."""
+    """On sweeps of one grid."""
 
     home: Home
     subject: Subject
     name: str
-    """Of its sweeps' folders: one that was there before has a store that is still open here."""
-    seed: str
+    """The seed; and of its sweeps' folders, as one that was there before has a store still open."""
     struck: Counter[Strike] = field(default_factory=Counter)
     found: Counter[str] = field(default_factory=Counter)
     """What a sweep was at when it was struck."""
@@ -91,7 +90,7 @@ class Attack:
     wrong: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.rng = random.Random(self.seed)
+        self.rng = random.Random(self.name)
 
     def go(self, strikes: list[Strike]) -> None:
         """Stops early where anything is wrong, with the sweep left as it is."""

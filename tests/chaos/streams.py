@@ -163,8 +163,8 @@ def strike(bench: Bench, name: str, wanted: Wanted) -> Found:
     share = round((wanted.count or 50) * SHARES[name])
     if not wanted.whom or not share:
         return Found()
-    attack = kills.Attack(bench.home, bench[WIDE.get(name, name)], name, f"{name} {wanted.seed}")
-    attack.go(kills.draw(dict.fromkeys(wanted.whom, share), attack.seed))
+    attack = kills.Attack(bench.home, bench[WIDE.get(name, name)], f"{name}-{wanted.seed}")
+    attack.go(kills.draw(dict.fromkeys(wanted.whom, share), attack.name))
     struck = Counter[str]()
     for (who, _), times in attack.struck.items():
         struck[who] += times

@@ -152,11 +152,11 @@ def test_an_estimate_without_contexts_fails_in_one_line_and_others_stay(
 def test_ctrl_c_keeps_what_is_measured_and_clears_the_counts(cache: Path, tmp_path: Path) -> None:
     args = (*SMALL, "--estimate", "paper", "--estimate", "tokens", "--estimate", "kneser-ney")
     wanted, said = ("dimension", *args, "--cpus", os.cpu_count()), tmp_path / "said"
-    driver = Forked(*wanted, cwd=tmp_path, out=said, err=said, env=None)
     directory = tmp_path / "runs/dimension"
-    wait_for(lambda: [*(directory / "records/trials").glob("*.parquet")])
-    driver.send_signal(signal.SIGINT)
-    assert driver.wait(60) == 130
+    with Forked(*wanted, cwd=tmp_path, out=said, err=said) as driver:
+        wait_for(lambda: [*(directory / "records/trials").glob("*.parquet")])
+        driver.send_signal(signal.SIGINT)
+        assert driver.wait(60) == 130
     kept = {f: f.stat().st_mtime_ns for f in (directory / "records/trials").glob("*.parquet")}
     assert 1 <= len(kept) < 9 and not [*(cache / "counts").iterdir()]
     assert "stopped" in {e["status"] for e in ledger.read(directory).values()}

@@ -10,7 +10,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -362,15 +362,9 @@ def gguf_file(file: Path, head: torch.Tensor) -> None:
     writer.close()
 
 
-@contextmanager
-def running(folder: Path, *args: str) -> Iterator[Forked]:
+def running(folder: Path, *args: str) -> Forked:
     """A measurement at work, in a process group of its own."""
-    said = folder / "said"
-    driver = Forked("probe", *args, cwd=folder, out=said, err=said, env=None)
-    try:
-        yield driver
-    finally:
-        driver.kill()
+    return Forked("probe", *args, cwd=folder, out=folder / "said", err=folder / "said")
 
 
 def workers(driver: Forked, doing: str = "") -> list[psutil.Process]:

@@ -236,21 +236,21 @@ def running(folder: Path, *more: str, env: dict[str, str] | None = None) -> Iter
     """A sweep of long trials, at work; on an MLflow server if one is named. With an environment of
     its own, which may tell Ray the token of another cluster, it is forked off nobody."""
     sweep, said = ["sweep", "--grid", "tiny.yaml", *more], folder / "said"
-    driver: Any
     if env is None:
-        driver = Forked(*sweep, cwd=folder, out=said, err=said, env=None)
-    else:
-        with said.open("wb") as to:
-            line = [str(SCRIPT), *sweep]
-            driver = subprocess.Popen(line, cwd=folder, env=env, stdout=to, stderr=to)
+        with Forked(*sweep, cwd=folder, out=said, err=said) as driver:
+            yield driver
+        return
+    with said.open("wb") as to:
+        line = [str(SCRIPT), *sweep]
+        script = subprocess.Popen(line, cwd=folder, env=env, stdout=to, stderr=to)
     try:
-        yield driver
+        yield script
     finally:
-        driver.kill()
-        driver.wait()
+        script.kill()
+        script.wait()
 
 
-def wait_for(what: Any, seconds: float = 120) -> Any:
+def wait_for(what: Any, seconds: float = 300) -> Any:
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         if found := what():
