@@ -273,7 +273,7 @@ def saved(sweep: Path) -> int:
     return len(checkpoints(sweep))
 
 
-LONG = {"train": {"tokens": 196_608, "batch": 8, "sequence": 64}}
+LONG = {"train": {"tokens": 98_304, "batch": 8, "sequence": 64}}
 
 
 @pytest.fixture(scope="module")
