@@ -30,6 +30,7 @@ def write(shown: Chart, path: Path, kinds: tuple[str, ...] = KINDS) -> list[Path
         with matplotlib.rc_context({"svg.hashsalt": "lmsat"}):
             save = partial(figure.savefig, format=kind, dpi=150, metadata=dates)
             atomic.write(files[-1], save)
+        figure.set_layout_engine(None)  # laid out by the first, for all
     return files
 
 

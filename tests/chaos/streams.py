@@ -75,7 +75,8 @@ STREAMS = (
     ("pretrain", "pair", "store", "damage", "rivals", "hopeless", "inputs"),
     ("rankfit", "team", "notice", "nodes", "recovery", "disk"),
 )
-WIDE = {"pair": "pretrain", "team": "team"}  # on all cores, with two workers; and of which grid
+# On all cores, with two workers; and of which grid.
+WIDE = {"pair": "pretrain", "team": "team", "nodes": "short"}
 
 
 @dataclass
