@@ -26,14 +26,16 @@ PRETRAIN: dict[str, Any] = {
     "checkpoints": 15,
     "probes": {"count": 6, "tokens": 1024, "final_tokens": 4096},
 }
+SHORT: dict[str, Any] = {
+    **PRETRAIN,
+    "model": {"size": "nano-16"},
+    "seed": 0,
+    "train": {**PRETRAIN["train"], "tokens": 400_000},
+    "checkpoints": 2,  # so that a fifth of what is between them can be measured
+}
 GRIDS: dict[str, dict[str, Any]] = {
-    "short": {
-        **PRETRAIN,
-        "model": {"size": "nano-16"},
-        "seed": 0,
-        "train": {**PRETRAIN["train"], "tokens": 400_000},
-        "checkpoints": 2,  # so that a fifth of what is between them can be measured
-    },
+    "short": SHORT,
+    "nodes": {**SHORT, "seed": [0, 1, 2]},  # enough trials that few nodes are idle
     "pretrain": {**PRETRAIN, "retries": 9},  # three kills in a row before a trial gets further
     "team": {
         **PRETRAIN,

@@ -76,7 +76,7 @@ STREAMS = (
     ("rankfit", "team", "notice", "nodes", "recovery", "disk"),
 )
 # On all cores, with two workers; and of which grid.
-WIDE = {"pair": "pretrain", "team": "team", "nodes": "short"}
+WIDE = {"pair": "pretrain", "team": "team", "nodes": "nodes"}
 
 
 @dataclass
@@ -154,7 +154,7 @@ def befall(bench: Bench, name: str, wanted: Wanted) -> Found:
         return Found()
     promise, how, fault, usual = FAULTS[name]
     rng = random.Random(f"{name} {wanted.seed}")
-    tried, wrong = fault(bench.home, bench["short"], rng, wanted.count or usual)
+    tried, wrong = fault(bench.home, bench[WIDE.get(name, "short")], rng, wanted.count or usual)
     print("\n  ".join([f"{name}: {len(wrong)} wrong", *wrong[:20]]), flush=True)
     return Found(rows=[(promise, how, f"{tried} faults", wrong)])
 
