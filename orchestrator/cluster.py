@@ -15,11 +15,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import ray
 import ray.util.scheduling_strategies
 from ray.util.placement_group import PlacementGroup
 
-from analysis.errors import BadInput, one_line
+from analysis.errors import BadInput, Failed, full, one_line
 from orchestrator import place
 from orchestrator.driver import Preparing
 from orchestrator.place import Node, Place
@@ -63,7 +64,7 @@ def on_ray(watcher: Preparing, at: str | None = None) -> Iterator[str]:
     first on its workers' path, and a user's own folder named `analysis` there would be taken for
     ours.
 
-    Raises Unreachable.
+    Raises Unreachable; Failed where none comes up here.
     """
     os.environ.update(
         RAY_USAGE_STATS_ENABLED="0",
@@ -75,29 +76,47 @@ def on_ray(watcher: Preparing, at: str | None = None) -> Iterator[str]:
     with tempfile.TemporaryDirectory(prefix="lmsat-") as neutral, contextlib.chdir(neutral):
         started_here = not ray.is_initialized()
         if started_here:
-            watcher.preparing(f"connecting to {at}" if at else "starting Ray")
-            try:
-                ray.init(
-                    address=at or "local",  # and not what else may run on this machine
-                    num_cpus=None if at else place.cores(),
-                    resources=None if at else {HEAD: 1},
-                    include_dashboard=False,
-                    log_to_driver=False,
-                    logging_level="ERROR",
-                    configure_logging=True,
-                )
-            except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
-                if not at:
-                    raise
-                said = one_line(error)
-                raise Unreachable(f"the cluster at {at} refuses: {said}") from None
-            if not at:
-                _keep_token()
+            _join(at, watcher) if at else _start(watcher)
         try:
             yield neutral
         finally:
             if started_here:
                 ray.shutdown()
+
+
+def _join(at: str, watcher: Preparing) -> None:
+    watcher.preparing(f"connecting to {at}")
+    try:
+        _init(address=at)
+    except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+        raise Unreachable(f"the cluster at {at} refuses: {one_line(error)}") from None
+
+
+def _start(watcher: Preparing) -> None:
+    """Ray dies where its helpers take more than 15 s to load, as on a busy machine they may: then
+    again (github.com/ray-project/ray/issues/65983)."""
+    for again in ("", " again", " for the third time"):
+        watcher.preparing(f"starting Ray{again}")
+        before = {*psutil.Process().children()}
+        try:
+            # "local", and not what else may run on this machine.
+            _init(address="local", num_cpus=place.cores(), resources={HEAD: 1})
+        except Exception as error:  # of no kind of its own
+            failed = error
+            left = {*psutil.Process().children(recursive=True)} - before
+            for one in left:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    one.kill()
+            psutil.wait_procs(left, timeout=5)
+        else:
+            return _keep_token()
+    why = f"Ray does not start here ({one_line(failed)}); the same command tries again"
+    raise Failed(full(failed) or why) from failed
+
+
+def _init(**options: Any) -> None:
+    quiet = {"include_dashboard": False, "log_to_driver": False, "configure_logging": True}
+    ray.init(**options, **quiet, logging_level="ERROR")
 
 
 def _keep_token() -> None:

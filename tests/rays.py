@@ -11,8 +11,11 @@ from pathlib import Path
 
 import psutil
 
+from tests.mlserver import free_port
+
 BINARIES = Path(sys.executable).parent
 TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "ab" * 32}  # which clients need
+AGENTS = ("dashboard-agent-grpc", "dashboard-agent-listen", "metrics-export", "runtime-env-agent")
 QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
 
 
@@ -22,11 +25,14 @@ def node(
 ) -> Iterator[None]:
     """`ray start --block` with these arguments. Not ended by `ray stop`, which would end every Ray
     of the machine."""
-    line = [*before, str(BINARIES / "ray"), "start", "--block", *arguments]
+    # Where a port is given, nobody waits for it: Ray dies where its agents, on a busy machine, take
+    # more than 15 s to tell theirs.
+    ports = [f"--{agent}-port={free_port()}" for agent in AGENTS]
+    line = [*before, str(BINARIES / "ray"), "start", "--block", *ports, *arguments]
     env = {**os.environ, **QUIET, **TOKEN, **environment}
     with log.open("wb") as to, subprocess.Popen(line, env=env, stdout=to, stderr=to) as started:
         try:
-            until = time.monotonic() + 60
+            until = time.monotonic() + 120
             while "Ray runtime started" not in log.read_text():
                 assert time.monotonic() < until and started.poll() is None, log.read_text()
                 time.sleep(0.1)
