@@ -77,7 +77,7 @@ def w_errors(sweep: Path, fitted: Fitted) -> pl.DataFrame:
         if name.removesuffix(" own").replace(" own ", " ") == fitted.name  # as in ranks.fitted
     ]
     rows = records.scan(sweep, "spectra").filter(pl.col("trial").is_in(ids[:1]), matrix="head")
-    sigma = torch.from_numpy(rows.sort("index").collect()["sigma"].to_numpy())
+    sigma = torch.from_numpy(rows.sort("index").collect()["sigma"].to_numpy(writable=True))
     errors = spectrum.w_error(sigma).tolist() if len(sigma) else []
     own = pl.DataFrame({"rank": range(len(errors)), "w_error": errors}, OWN)
     trained = fitted.heads.filter(pl.col("rank").is_not_null(), pl.col("lr").is_not_null())

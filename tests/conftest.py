@@ -50,6 +50,17 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def one_core() -> Iterator[None]:
+    """What is started here works on one thing at a time: each worker more takes longer to load its
+    packages than to do its part."""
+    every = sorted(os.sched_getaffinity(0))
+    lane = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    os.sched_setaffinity(0, {every[lane % len(every)]})
+    yield
+    os.sched_setaffinity(0, every)
+
+
 @pytest.fixture(scope="session")
 def backbone(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A nano model trained for a moment, nano-16 with a full head: the folder of its trial."""

@@ -24,6 +24,7 @@ from orchestrator import ledger, tracking
 from tests import same
 from tests.chaos import kills, runs
 
+pytestmark = pytest.mark.usefixtures("one_core")
 GRID: dict[str, Any] = {
     **runs.PRETRAIN,
     "model": {"size": "nano-8"},

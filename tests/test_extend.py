@@ -14,6 +14,7 @@ import pytest
 from analysis import records
 from tests.test_architecture import ROOMS, ROOT
 
+pytestmark = pytest.mark.usefixtures("one_core")
 PATCHES = re.findall(r"```diff\n(.*?)```", (ROOT / "docs" / "extend.md").read_text(), re.DOTALL)
 GRID = """\
 name: extended

@@ -22,6 +22,7 @@ from orchestrator.reproduce import SCALES, Step
 from tests.hub import Hub
 from trainables import backbones, text
 
+pytestmark = pytest.mark.usefixtures("one_core")
 MODELS = {"14m": "nano-16", "410m": "nano-64"}
 STEPS = {5000: 0.5, 70000: 0.9, 140000: 1.0}  # of training, and what weights are multiplied by
 SMALLER = {

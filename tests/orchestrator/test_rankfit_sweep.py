@@ -28,6 +28,7 @@ from tests.orchestrator.test_sweep import (
 )
 from trainables import corpus, rankfit, zoo
 
+pytestmark = pytest.mark.usefixtures("one_core")
 RANKFIT: dict[str, Any] = {
     "name": "tiny",
     "kind": "rankfit",
