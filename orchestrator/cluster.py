@@ -76,7 +76,10 @@ def on_ray(watcher: Preparing, at: str | None = None) -> Iterator[str]:
     with tempfile.TemporaryDirectory(prefix="lmsat-") as neutral, contextlib.chdir(neutral):
         started_here = not ray.is_initialized()
         if started_here:
-            _join(at, watcher) if at else _start(watcher)
+            if at:
+                _join(at, watcher)
+            else:
+                _start(watcher)
         try:
             yield neutral
         finally:
@@ -97,7 +100,7 @@ def _start(watcher: Preparing) -> None:
     again (github.com/ray-project/ray/issues/65983)."""
     for again in ("", " again", " for the third time"):
         watcher.preparing(f"starting Ray{again}")
-        before = {*psutil.Process().children()}
+        before = {*psutil.Process().children(recursive=True)}
         try:
             # "local", and not what else may run on this machine.
             _init(address="local", num_cpus=place.cores(), resources={HEAD: 1})

@@ -29,8 +29,6 @@ GRID: dict[str, Any] = {
     **runs.PRETRAIN,
     "model": {"size": "nano-8"},
     "seed": 0,
-    "train": {"tokens": 130_000, "batch": 8, "sequence": 64},
-    "checkpoints": 15,
 }
 
 

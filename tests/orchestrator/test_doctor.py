@@ -20,7 +20,8 @@ from mlflow import MlflowClient
 from analysis.errors import BadInput
 from orchestrator import doctor, facts, place
 from tests import rays, schemas
-from tests.orchestrator.test_sweep import command, free_port, write_grid
+from tests.mlserver import free_port
+from tests.orchestrator.test_sweep import command, write_grid
 
 GB = 1e9
 FOLDERS = {"storage": "/shared/runs", "cache": "/shared/cache"}

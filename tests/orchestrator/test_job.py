@@ -16,10 +16,10 @@ import pytest
 from analysis import records
 from orchestrator import ledger
 from tests import rays
+from tests.mlserver import free_port
 from tests.orchestrator.test_sweep import (
     checkpoints,
     command,
-    free_port,
     here,
     wait_for,
     write_grid,

@@ -14,7 +14,7 @@ from jsonschema import Draft202012Validator, ValidationError
 from orchestrator import tracking
 from orchestrator.cli import main
 from tests import made, schemas
-from tests.orchestrator.test_sweep import free_port
+from tests.mlserver import free_port
 
 PAPER = Path(__file__).parents[2] / "analysis" / "paper"
 

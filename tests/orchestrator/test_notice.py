@@ -11,10 +11,10 @@ import pytest
 
 from orchestrator import ledger, place
 from tests import rays
+from tests.mlserver import free_port
 from tests.orchestrator.test_sweep import (
     assert_same,
     checkpoints,
-    free_port,
     running,
     wait_for,
     workers,

@@ -4,7 +4,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -27,6 +26,7 @@ from orchestrator.cli import main
 from tests import schemas
 from tests.conftest import TIMING, TINY
 from tests.forked import SCRIPT, Forked, lmsat
+from tests.mlserver import free_port
 from trainables import pretrain
 
 
@@ -206,12 +206,6 @@ def test_plan_and_dry_run_agree_and_write_nothing(swept: Path, tmp_path: Path) -
     shown = here(tmp_path, "plan", "--grid", str(grid)).stdout
     assert all(t["id"] in shown and t["name"] in shown for t in plan["trials"])
     assert max(len(line.rstrip()) for line in shown.splitlines()) <= 80
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
 
 
 @contextmanager

@@ -15,10 +15,10 @@ import yaml
 from orchestrator import grid, ledger, place
 from tests import rays
 from tests.forked import lmsat
+from tests.mlserver import free_port
 from tests.orchestrator.test_sweep import (
     checkpoints,
     command,
-    free_port,
     here,
     measured,
     running,
