@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import itertools
 import os
+import secrets
 import signal
 import socket
 import sys
@@ -98,6 +99,7 @@ def _join(at: str, watcher: Preparing) -> None:
 def _start(watcher: Preparing) -> None:
     """Ray dies where its helpers take more than 15 s to load, as on a busy machine they may: then
     again (github.com/ray-project/ray/issues/65983)."""
+    _token()
     for again in ("", " again", " for the third time"):
         watcher.preparing(f"starting Ray{again}")
         before = {*psutil.Process().children(recursive=True)}
@@ -112,7 +114,7 @@ def _start(watcher: Preparing) -> None:
                     one.kill()
             psutil.wait_procs(left, timeout=5)
         else:
-            return _keep_token()
+            return
     why = f"Ray does not start here ({one_line(failed)}); the same command tries again"
     raise Failed(full(failed) or why) from failed
 
@@ -122,10 +124,18 @@ def _init(**options: Any) -> None:
     ray.init(**options, **quiet, logging_level="ERROR")
 
 
-def _keep_token() -> None:
-    """Ray writes the token of the Ray that it starts here for all to read."""
+def _token() -> None:
+    """Have one, for this user alone to read, before Ray looks for it: its own can be read by all,
+    and of two that make theirs at the same moment one is then refused by what it started."""
+    file = Path.home() / ".ray" / "auth_token"
     with contextlib.suppress(OSError):
-        (Path.home() / ".ray" / "auth_token").chmod(0o600)
+        file.parent.mkdir(exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=file.parent) as new:
+            new.write(secrets.token_hex(32))
+            new.flush()
+            with contextlib.suppress(FileExistsError):
+                os.link(new.name, file)
+        file.chmod(0o600)
 
 
 def look(watcher: Preparing, at: str | None = None) -> Place:

@@ -1,8 +1,8 @@
 """`lmsat` in a process of its own that need not load anything: forked, as it begins, off one that
 has loaded what commands and workers load. It does what the installed script does from there on.
 
-What libraries read of the environment when they are loaded stays as it was: a command that joins a
-cluster by its token, or a hub by its address, has to be the script itself.
+What libraries read of the environment when they are loaded stays as it was, but for Ray: a command
+that asks a hub at an address has to be the script itself.
 """
 
 import multiprocessing
@@ -111,6 +111,10 @@ def _run(
         with file.open("ab") as said:
             os.dup2(said.fileno(), stream)
     sys.argv = [str(SCRIPT), *arguments]
+    from ray._raylet import Config
+
     from orchestrator.cli import main
+
+    Config.initialize("")  # whether there are tokens, by the environment as it is now
 
     main()

@@ -1,9 +1,14 @@
-"""Ray, where it does not come up at once."""
+"""Ray, where it does not come up at once, and its token."""
 
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
+
+import pytest
+
+from orchestrator import cluster
 
 # Python reads it as it begins: Ray's agent takes more than the 15 s that it has, the first time.
 SLOW = """\
@@ -29,7 +34,7 @@ with cluster.on_ray(progress.Bar()):
 
 def test_a_ray_that_dies_as_it_starts_is_started_again(tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(SLOW)
-    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    env = {**os.environ, "PYTHONPATH": str(tmp_path), "HOME": str(tmp_path)}
     line = [sys.executable, "-c", START]
     done = subprocess.run(line, env=env, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -37,3 +42,29 @@ def test_a_ray_that_dies_as_it_starts_is_started_again(tmp_path: Path) -> None:
     assert answer == "42"
     assert processes.split().count("gcs_server") == processes.split().count("raylet") == 1
     assert "starting Ray again" in done.stderr
+    (token,) = (tmp_path / ".ray").iterdir()
+    assert token.stat().st_mode & 0o777 == 0o600
+
+
+def test_all_that_start_at_one_moment_have_one_token(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    file, read = tmp_path / ".ray" / "auth_token", []
+    together = threading.Barrier(8)
+
+    def start() -> None:
+        together.wait()
+        cluster._token()
+        read.append(file.read_text())
+
+    threads = [threading.Thread(target=start) for _ in range(8)]
+    for one in threads:
+        one.start()
+    for one in threads:
+        one.join()
+    assert len(read) == 8 and len({*read}) == 1 and len(read[0]) == 64
+    assert [*file.parent.iterdir()] == [file]
+    file.chmod(0o644)
+    cluster._token()
+    assert (file.read_text(), file.stat().st_mode & 0o777) == (read[0], 0o600)
