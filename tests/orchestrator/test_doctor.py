@@ -20,6 +20,7 @@ from mlflow import MlflowClient
 from analysis.errors import BadInput
 from orchestrator import doctor, facts, place
 from tests import rays, schemas
+from tests.forked import lmsat
 from tests.mlserver import free_port
 from tests.orchestrator.test_sweep import command, write_grid
 
@@ -204,7 +205,7 @@ def test_mlflow_is_asked_and_nothing_stays_there(tmp_path: Path) -> None:
 
 def test_this_machine_is_examined_and_left_as_it_was(tmp_path: Path) -> None:
     env = {**os.environ, "LMSAT_CACHE": "deep/runs/cache"}
-    done = command("doctor", "--json", "--out", "deep/runs", cwd=tmp_path, env=env)
+    done = lmsat("doctor", "--json", "--out", "deep/runs", cwd=tmp_path, env=env)
     findings = schemas.check("doctor", done.stdout)
     wrong = [one for one in findings if one["level"] == "wrong"]
     assert (done.returncode, done.stderr.count("to mend")) == ((1, 1) if wrong else (0, 0))
@@ -263,7 +264,7 @@ def test_a_broken_node_of_a_real_cluster_is_told_from_a_sound_one(
     wanted = [{"head": {"rank": n}, "resources": {"workers": n}} for n in (2, 4)]
     write_grid(tmp_path, model={"size": "nano-8"}, trials=wanted)
     asked = ("doctor", "--json", "--address", address, "--out", str(shared), "--grid", "tiny.yaml")
-    done = command(*asked, env=environment, cwd=tmp_path)
+    done = lmsat(*asked, env=environment, cwd=tmp_path)
     assert done.returncode == 1, done.stderr
     found = [f for f in json.loads(done.stdout) if f["node"] != "driver"]
     grid = {f["node"]: f for f in found if f["check"] == "grid" and f["level"] == "wrong"}

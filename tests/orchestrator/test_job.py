@@ -16,10 +16,10 @@ import pytest
 from analysis import records
 from orchestrator import ledger
 from tests import rays
+from tests.forked import lmsat
 from tests.mlserver import free_port
 from tests.orchestrator.test_sweep import (
     checkpoints,
-    command,
     here,
     wait_for,
     write_grid,
@@ -98,7 +98,7 @@ def test_a_sweep_on_a_cluster_is_shown_here_stops_with_ctrl_c_and_goes_on(
     # The address by the variable that Ray itself reads.
     outside = {**OUTSIDE, **rays.TOKEN, "RAY_ADDRESS": address}
     again = ("sweep", "--grid", "tiny.yaml", "--out", str(out), "--json")
-    done = command(*again, env=outside, cwd=tmp_path)
+    done = lmsat(*again, env=outside, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert {t["trial"] for t in json.loads(done.stdout)["trials"]} == trials.keys()
     assert "2 done · 0 running · 0 waiting" in done.stderr
@@ -117,7 +117,7 @@ def test_what_is_bad_input_on_the_cluster_is_bad_input_here(address: str, tmp_pa
     (tmp_path / "text.txt").write_text("Here, not there.\n" * 1000)
     write_grid(tmp_path, corpus={"files": "text.txt"})
     sweep = ["sweep", "--grid", "tiny.yaml", "--out", str(tmp_path / "runs"), "--address", address]
-    done = command(*sweep, env={**OUTSIDE, **rays.TOKEN}, cwd=tmp_path)
+    done = lmsat(*sweep, env={**OUTSIDE, **rays.TOKEN}, cwd=tmp_path)
     assert done.returncode == 2, done.stderr
     last = done.stdout.splitlines()[-1]
     assert last.startswith("error: tiny.yaml: corpus")
@@ -143,7 +143,7 @@ def test_without_the_token_one_line_says_what_to_do(address: str, tmp_path: Path
     write_grid(tmp_path)
     sweep = ["sweep", "--grid", "tiny.yaml", "--out", str(tmp_path / "runs"), "--address", address]
     env = {**OUTSIDE, "RAY_AUTH_MODE": "token", "HOME": str(tmp_path)}
-    done = command(*sweep, env=env, cwd=tmp_path)
+    done = lmsat(*sweep, env=env, cwd=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
     (line,) = done.stderr.splitlines()
     assert line.startswith(f"error: --address: {address} refuses")
@@ -154,7 +154,7 @@ def test_where_no_dashboard_answers_one_line_says_what_to_do(tmp_path: Path) -> 
     write_grid(tmp_path)
     nowhere = f"http://127.0.0.1:{free_port()}"
     sweep = ["sweep", "--grid", "tiny.yaml", "--out", str(tmp_path / "runs"), "--address", nowhere]
-    done = command(*sweep, env=OUTSIDE, cwd=tmp_path)
+    done = lmsat(*sweep, env=OUTSIDE, cwd=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
     (line,) = done.stderr.splitlines()
     assert f"{nowhere}: no cluster's dashboard" in line

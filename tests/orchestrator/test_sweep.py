@@ -225,23 +225,10 @@ def serving(args: list[str], port: int, **options: Any) -> Iterator[str]:
             os.killpg(server.pid, signal.SIGKILL)
 
 
-@contextmanager
-def running(folder: Path, *more: str, env: dict[str, str] | None = None) -> Iterator[Any]:
-    """A sweep of long trials, at work; on an MLflow server if one is named. With an environment of
-    its own, which may tell Ray the token of another cluster, it is forked off nobody."""
-    sweep, said = ["sweep", "--grid", "tiny.yaml", *more], folder / "said"
-    if env is None:
-        with Forked(*sweep, cwd=folder, out=said, err=said) as driver:
-            yield driver
-        return
-    with said.open("wb") as to:
-        line = [str(SCRIPT), *sweep]
-        script = subprocess.Popen(line, cwd=folder, env=env, stdout=to, stderr=to)
-    try:
-        yield script
-    finally:
-        script.kill()
-        script.wait()
+def running(folder: Path, *more: str, env: dict[str, str] | None = None) -> Forked:
+    """A sweep of long trials, at work; on an MLflow server if one is named."""
+    said = folder / "said"
+    return Forked("sweep", "--grid", "tiny.yaml", *more, cwd=folder, out=said, err=said, env=env)
 
 
 def wait_for(what: Any, seconds: float = 300) -> Any:

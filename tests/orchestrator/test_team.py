@@ -14,11 +14,10 @@ import yaml
 
 from orchestrator import grid, ledger, place
 from tests import rays
-from tests.forked import lmsat
+from tests.forked import Forked, lmsat
 from tests.mlserver import free_port
 from tests.orchestrator.test_sweep import (
     checkpoints,
-    command,
     here,
     measured,
     running,
@@ -86,7 +85,7 @@ def test_teams_over_two_nodes_compete_and_equal_one_worker(
     known = {**os.environ, **rays.TOKEN}
     sweep, kept = ["sweep", "--grid", "tiny.yaml"], tmp_path / "kept"
     to = ["--address", two_nodes, "--checkpoints", f"file://{kept}"]
-    done = command(*sweep, *to, cwd=tmp_path, env=known)
+    done = lmsat(*sweep, *to, cwd=tmp_path, env=known)
     assert done.returncode == 0, done.stderr
     assert "3 done" in done.stderr
     ids = {t["id"] for t in grid.load(path).trials}
@@ -115,7 +114,7 @@ def test_checkpoints_that_cannot_be_written_are_refused_before_anything_is(
     assert [p.name for p in tmp_path.iterdir()] == ["tiny.yaml"]
 
 
-def members(driver: Any) -> list[psutil.Process]:
+def members(driver: Forked) -> list[psutil.Process]:
     """The workers of a team that trains now."""
     family = psutil.Process(driver.pid).children(recursive=True)
     return [p for p in family if "RayTrainWorker" in " ".join(p.cmdline())]
@@ -212,19 +211,19 @@ def test_a_cluster_grows_for_what_is_to_be_done_and_shrinks_again(
     two = {**SHORT, "deepspeed": {"stage": 1}}
     write_grid(tmp_path, **two, resources={"workers": 2})
     sweep = ["sweep", "--grid", "tiny.yaml", "--address", growing]
-    done = command(*sweep, "--checkpoints", "kept", cwd=tmp_path)
+    done = lmsat(*sweep, "--checkpoints", "kept", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert list((tmp_path / "kept").glob("*/step-*/manifest.json"))
     assert_near(tmp_path / "runs" / "tiny", alone(tmp_path, cache, **SHORT))
 
     wait_for(lambda: nodes(growing) == 1)
     np.save(tmp_path / "head.npy", np.eye(8))
-    done = command("probe", "head.npy", cwd=tmp_path, env={**os.environ, "RAY_ADDRESS": growing})
+    done = lmsat("probe", "head.npy", cwd=tmp_path, env={**os.environ, "RAY_ADDRESS": growing})
     assert done.returncode == 0, done.stderr
     assert nodes(growing) == 2
 
     write_grid(tmp_path, name="never", **two, resources={"workers": 4})
-    done = command(*sweep, cwd=tmp_path)
+    done = lmsat(*sweep, cwd=tmp_path)
     assert done.returncode == 2
     assert "a trial wants 4 with 1 cpus each, the cluster has room for 2 at most" in done.stderr
     assert not (tmp_path / "runs" / "never").exists()
