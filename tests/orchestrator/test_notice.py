@@ -23,7 +23,7 @@ from tests.orchestrator.test_sweep import (
 from trainables import pretrain
 
 pytestmark = pytest.mark.skipif(place.cores() < 2, reason="one core")
-STEPS = 1200
+STEPS = 600
 SLOW: dict[str, Any] = {  # saved once on the way, had nobody asked
     "model": {"size": "nano-8"},
     "head": {"rank": "full"},
@@ -80,7 +80,7 @@ def test_trials_of_a_machine_that_will_leave_are_saved_at_once_and_lose_a_fifth_
     tmp_path: Path, cache: Path
 ) -> None:
     """One of one worker and one of two."""
-    tokens = {"tokens": 6 * STEPS * 512, "batch": 8, "sequence": 64}
+    tokens = {"tokens": 12 * STEPS * 512, "batch": 8, "sequence": 64}
     both = [
         {"resources": {"workers": 1}, "train": tokens},
         {"resources": {"workers": 2}, "head": {"rank": 2}, "train": tokens},
@@ -100,7 +100,7 @@ def test_trials_of_a_machine_that_will_leave_are_saved_at_once_and_lose_a_fifth_
             subprocess.run([rays.BINARIES / "ray", *drain], env=known, check=True, timeout=60)
             wait_for(lambda: len(steps(sweep)) == 2, 20)
             first = {id: kept[0] for id, kept in steps(sweep).items()}
-            interval = 6 * STEPS // SLOW["checkpoints"]
+            interval = 12 * STEPS // SLOW["checkpoints"]
             assert max(first.values()) < interval
             second = wait_for(
                 lambda: all(len(k) > 1 for k in steps(sweep).values()) and steps(sweep)
