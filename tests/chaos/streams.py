@@ -11,7 +11,8 @@ from orchestrator import grid as grids
 from tests.chaos import faults, inputs, kills, nodes, runs
 from trainables import pretrain
 
-SHARES = {"pretrain": 0.54, "pair": 0.04, "rankfit": 0.38, "team": 0.04}  # of the kills, by part
+# Of the kills, by part.
+SHARES = {"pretrain": 0.52, "pair": 0.04, "rankfit": 0.36, "team": 0.04, "rankfit-team": 0.04}
 # What is promised, how it is tried, how often.
 FAULTS: dict[str, tuple[str, str, Callable[..., faults.Found], int]] = {
     "notice": (
@@ -73,10 +74,15 @@ Row = tuple[str, str, str, list[str]]  # promise, how it was tried, how often, w
 # What goes on at once, in a process and on a core of its own each, one part after the other.
 STREAMS = (
     ("pretrain", "pair", "store", "damage", "rivals", "hopeless", "inputs"),
-    ("rankfit", "team", "notice", "nodes", "recovery", "disk"),
+    ("rankfit", "rankfit-team", "team", "notice", "nodes", "recovery", "disk"),
 )
 # On all cores, with two workers; and of which grid.
-WIDE = {"pair": "pretrain", "team": "team", "nodes": "nodes"}
+WIDE = {
+    "pair": "pretrain",
+    "team": "team",
+    "rankfit-team": "rankfit-team",
+    "nodes": "nodes",
+}
 
 
 @dataclass
@@ -116,7 +122,7 @@ class Bench:
     def __getitem__(self, name: str) -> kills.Subject:
         if name not in self.made:
             grid = runs.GRIDS[name]
-            if name == "rankfit":
+            if grid.get("kind") == "rankfit":
                 grid = {**grid, "model": {"pretrained": str(self._model())}}
             made = kills.untouched(self.home, name, self.home.grid(name, grid))
             print(f"{name}: untouched, {made.began:.0f} s to its first checkpoint", flush=True)
