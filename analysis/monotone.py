@@ -4,6 +4,7 @@ A fit falls, then rises, then may fall again; between its turns it is a least-sq
 regression by pooling adjacent violators (Robertson, Wright & Dykstra 1988, section 1.2).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -16,42 +17,62 @@ PRIOR = np.linspace(1, 0.3, 7)  # of them: checkpoints of Pythia, pooled, say .1
 DRAWS = 10_000  # of noise for each of them; of short series more, of long ones fewer
 BINS = 28  # positions at which turns are sought first
 TWO_TURNS = 20  # checkpoints; with fewer a second turn would follow the noise
+CHUNK = 500  # series, where all pairs of turns are tried at once
 
 Array = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
 
-def _pool(y: Array, piece: Ints) -> tuple[Array, Ints, Ints, Array]:
+def _pool(
+    y: Array, piece: Ints | None = None, rows: Sequence[int] | None = None
+) -> tuple[Array, Ints, Ints, Array]:
     """Pool adjacent violators in every row (draws x K), pieces of even number falling and odd
-    ones rising, each on its own: sums and sizes of blocks, the last block of each row, and the
-    sum of squares explained by the fit to everything up to each position."""
+    ones rising, each on its own; of `rows` no more than so many, the first, at each position.
+    Sums and sizes of blocks, how many each row has, and the sum of squares explained by the fit to
+    everything up to each position."""
     n, k = y.shape
-    sums, sizes = np.zeros((n, k)), np.ones((n, k), np.int64)
-    last, first = np.full(n, -1), np.zeros(n, np.int64)
-    explained, total = np.zeros((n, k)), np.zeros(n)
-    rows = np.arange(n)
-    for t in range(k):
-        last += 1
-        if t:
-            first = np.where(piece[:, t] != piece[:, t - 1], last, first)
-        sums[rows, last], sizes[rows, last] = y[:, t], 1
-        total += y[:, t] ** 2
-        live = rows
+    sums, sizes, explained = np.zeros(n * k), np.zeros(n * k), np.zeros((k, n))
+    columns = np.ascontiguousarray(y.T)
+    # The last block of each row is kept by itself, with where in `sums` it will be.
+    a, p, total = columns[0].copy(), np.ones(n), columns[0] ** 2
+    first = np.arange(n) * k  # of its piece
+    last = first.copy()
+    explained[0] = total
+    for t in range(1, k):
+        m = rows[t] if rows else n
+        b, total = columns[t, :m], total[:m]
+        total += b**2
+        wrong = a[:m] < b * p[:m]
+        if piece is not None:
+            begun = piece[:m, t] != piece[:m, t - 1]
+            wrong &= ~begun
+        right = np.flatnonzero(~wrong)
+        at = last[right]
+        sums[at], sizes[at] = a[right], p[right]
+        a[right], p[right], last[right] = b[right], 1, at + 1
+        if piece is not None:
+            first[:m][begun] = last[:m][begun]
+        live = np.flatnonzero(wrong)
+        left, wide, new, size = a[live], p[live], b[live], np.ones(live.size)
         while live.size:
-            i = last[live]
-            a, b, p, q = sums[live, i - 1], sums[live, i], sizes[live, i - 1], sizes[live, i]
-            wrong = (i > first[live]) & (a * q < b * p)
-            live, i, a, b, p, q = (v[wrong] for v in (live, i, a, b, p, q))
-            total[live] += (a + b) ** 2 / (p + q) - a**2 / p - b**2 / q
-            sums[live, i - 1], sizes[live, i - 1] = a + b, p + q
-            last[live] = i - 1
-        explained[:, t] = total
-    return sums, sizes, last, explained
+            both, width = left + new, wide + size
+            total[live] += both**2 / width - left**2 / wide - new**2 / size
+            at = last[live] - 1
+            left, wide = sums[at], sizes[at]
+            wrong = (at >= first[live]) & (left * width < both * wide)
+            done = live[~wrong]
+            a[done], p[done] = both[~wrong], width[~wrong]
+            live, left, wide, new, size = (v[wrong] for v in (live, left, wide, both, width))
+            last[live] -= 1
+        explained[t, :m] = total
+    sums[last], sizes[last] = a, p
+    blocks = last + 1 - np.arange(n) * k
+    return sums.reshape(n, k), sizes.reshape(n, k).astype(np.int64), blocks, explained.T
 
 
 def _explained(y: Array) -> Array:
     """Of falling fits to everything up to each position."""
-    return _pool(y, np.zeros(y.shape, np.int64))[3]
+    return _pool(y)[3]
 
 
 def fit(y: Array) -> Array:
@@ -69,8 +90,8 @@ def fit(y: Array) -> Array:
     at = np.arange(k)
     piece = (at >= rise[:, None]).astype(np.int64) + (at >= fall[:, None])
     sign = 1 - 2 * (piece % 2)
-    sums, block, last, _ = _pool(y * sign, piece)
-    block = np.where(at <= last[:, None], block, 0)
+    sums, block, blocks, _ = _pool(y * sign, piece)
+    block = np.where(at < blocks[:, None], block, 0)
     level = sums / np.maximum(block, 1)
     return np.repeat(level.ravel(), block.ravel()).reshape(n, k) * sign
 
@@ -78,16 +99,29 @@ def fit(y: Array) -> Array:
 def _turns(y: Array, two: bool) -> tuple[Ints, Ints]:
     """Positions of both turns that explain most."""
     n, k = y.shape
-    down = _explained(y)
     if not two:
+        down = _explained(y)
         up = _explained(y[:, ::-1])[:, ::-1]
         both = np.append(down[:, :-1] + up[:, 1:], down[:, -1:] + 1e-12, axis=1)
         return both.argmax(1) + 1, np.full(n, k)
+    parts = [_two_turns(part) for part in np.array_split(y, -(-n // CHUNK))]
+    rise, fall = (np.concatenate(turns) for turns in zip(*parts, strict=True))
+    return rise, fall
+
+
+def _two_turns(y: Array) -> tuple[Ints, Ints]:
+    n, k = y.shape
+    down = _explained(y)
     end = np.zeros((n, k))
     end[:, :-1] = _explained(-y[:, ::-1])[:, ::-1][:, 1:]
+    later = np.zeros((k - 1, n, k - 1))  # from each position on
+    for i in range(1, k):
+        later[i - 1, :, : k - i] = -y[:, i:]
+    rows = [n * (k - 1 - t) for t in range(k - 1)]
+    up = _pool(later.reshape(-1, k - 1), rows=rows)[3].reshape(later.shape)
     best, rise, fall = down[:, -1] + 1e-12, np.full(n, k), np.full(n, k)
     for i in range(1, k):
-        found = down[:, i - 1, None] + _explained(-y[:, i:]) + end[:, i:]
+        found = down[:, i - 1, None] + up[i - 1, :, : k - i] + end[:, i:]
         j = found.argmax(1)
         value = found[np.arange(n), j]
         better = value > best
