@@ -335,7 +335,7 @@ def _spilled(run: Counts, folder: Path) -> Counts:
         with TemporaryFile(dir=folder) as file:
             file.write(array.data)
             file.flush()
-            return np.memmap(file, array.dtype, "r", shape=array.shape)
+            return np.asarray(np.memmap(file, array.dtype, "r", shape=array.shape))
 
     try:
         arrays = {name: mapped(getattr(run, name)) for name in _ARRAYS}

@@ -152,7 +152,7 @@ def test_the_same_grid_again_trains_nothing(swept: Path) -> None:
     runs = {r.info.run_id for r in client.search_runs([experiment])}
     # Other hardware, another place for the grid: the same trials.
     again = write_grid(swept, deepspeed={"micro_batch": 4}, checkpoints=9)
-    done = command("sweep", "--grid", str(again), "--json", cwd=swept)
+    done = lmsat("sweep", "--grid", again, "--json", cwd=swept)
     assert done.returncode == 0 and "4 of 4 trials are finished already" in done.stderr
     assert "starting Ray" not in done.stderr
     assert {r["loss"] for r in schemas.check("sweep", done.stdout)["trials"]} == set(
