@@ -127,8 +127,8 @@ def _init(**options: Any) -> None:
 def _token() -> None:
     """Have one, for this user alone to read, before Ray looks for it: its own can be read by all,
     and of two that make theirs at the same moment one is then refused by what it started."""
-    file = Path.home() / ".ray" / "auth_token"
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, RuntimeError):  # RuntimeError: nowhere is home
+        file = Path.home() / ".ray" / "auth_token"
         file.parent.mkdir(exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=file.parent) as new:
             new.write(secrets.token_hex(32))
