@@ -25,7 +25,7 @@ FAULTS: dict[str, tuple[str, str, Callable[..., faults.Found], int]] = {
         "Nodes may go; with notice a fifth of the time between checkpoints is lost at most",
         "Ray nodes killed, every other one drained before, while others join",
         nodes.leave,
-        2,
+        8,
     ),
     "damage": (
         "`lmsat verify` names every damaged file, and no other",
