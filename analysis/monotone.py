@@ -46,10 +46,10 @@ def _pool(
         if piece is not None:
             begun = piece[:m, t] != piece[:m, t - 1]
             wrong &= ~begun
-        right = np.flatnonzero(~wrong)
-        at = last[right]
-        sums[at], sizes[at] = a[right], p[right]
-        a[right], p[right], last[right] = b[right], 1, at + 1
+        apart = np.flatnonzero(~wrong)
+        at = last[apart]
+        sums[at], sizes[at] = a[apart], p[apart]
+        a[apart], p[apart], last[apart] = b[apart], 1, at + 1
         if piece is not None:
             first[:m][begun] = last[:m][begun]
         live = np.flatnonzero(wrong)
