@@ -6,6 +6,7 @@ A segment is named by the step it was written at, so a resumed trial that measur
 writes the same file again. Where two segments hold one key, the later segment counts.
 """
 
+import os
 from collections.abc import Container, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -102,15 +103,14 @@ def settle(sweep: Path, trial: str, files: Container[str]) -> None:
     """Of a trial that has ended keep these files alone: all else was written before a crash, and
     again after it."""
     for table in TABLES:
-        for path in (sweep / "records" / table).glob(f"{trial}-*.parquet"):
+        for path in _files(sweep, table, trial):
             if path.relative_to(sweep).as_posix() not in files:
                 path.unlink()
 
 
 def segments(sweep: Path, table: str, trial: str) -> set[int]:
     """The segments that are on disk."""
-    files = (sweep / "records" / table).glob(f"{trial}-*.parquet")
-    return {int(file.stem.rsplit("-", 1)[1]) for file in files}
+    return {int(file.stem.rsplit("-", 1)[1]) for file in _files(sweep, table, trial)}
 
 
 def drop(sweep: Path, trial: str, segment: int) -> None:
@@ -120,11 +120,11 @@ def drop(sweep: Path, trial: str, segment: int) -> None:
         path.unlink(missing_ok=True)
 
 
-def scan(sweep: Path, table: str, trial: str = "*") -> pl.LazyFrame:
+def scan(sweep: Path, table: str, trial: str | None = None) -> pl.LazyFrame:
     """The table of a sweep, or of one of its trials: each key once, the later segment's row.
 
     Raises sealed.Damaged, once it is collected, where a file cannot be read as that table."""
-    files = sorted((sweep / "records" / table).glob(f"{trial}-*.parquet"), key=lambda f: f.name)
+    files = _files(sweep, table, trial)
     if not files:
         return pl.LazyFrame(schema=TABLES[table])
     frame = _open(files, table).unique(KEYS[table], keep="last", maintain_order=True)
@@ -143,6 +143,14 @@ def scan(sweep: Path, table: str, trial: str = "*") -> pl.LazyFrame:
             raise
 
     return register_io_source(read, schema=TABLES[table])
+
+
+def _files(sweep: Path, table: str, trial: str | None) -> list[Path]:
+    """In order. Asked for of every trial, among those of all: `glob` takes twice as long."""
+    folder, start = sweep / "records" / table, "" if trial is None else f"{trial}-"
+    names = os.listdir(folder) if folder.is_dir() else []  # noqa: PTH208
+    kept = [n for n in names if n.startswith(start) and n.endswith(".parquet")]
+    return [folder / name for name in sorted(kept)]
 
 
 def _open(files: list[Path], table: str) -> pl.LazyFrame:
