@@ -149,8 +149,8 @@ def _files(sweep: Path, table: str, trial: str | None) -> list[Path]:
     """In order. Asked for of every trial, among those of all: `glob` takes twice as long."""
     folder, start = sweep / "records" / table, "" if trial is None else f"{trial}-"
     names = os.listdir(folder) if folder.is_dir() else []  # noqa: PTH208
-    kept = [n for n in names if n.startswith(start) and n.endswith(".parquet")]
-    return [folder / name for name in sorted(kept)]
+    segments = (n for n in names if n.startswith(start) and "-" in n and n.endswith(".parquet"))
+    return [folder / name for name in sorted(segments)]
 
 
 def _open(files: list[Path], table: str) -> pl.LazyFrame:

@@ -63,3 +63,16 @@ def test_every_table_and_column_is_documented() -> None:
         section = text.split(f"## {table}: ")[1].split("\n## ")[0]
         described = re.findall(r"^\| ([a-z_, ]+) \|", section, re.MULTILINE)
         assert set(columns) <= {name for cell in described for name in cell.split(", ")}, table
+
+
+def test_a_trial_is_its_own_segments_and_a_sweep_all_that_are_segments(tmp_path: Path) -> None:
+    row = {"trial": "ab", "step": 1, "matrix": "head", "index": 0, "sigma": 1.0}
+    for trial, step in (("ab", 10), ("ab", 9), ("abc", 9)):
+        file = records.write(tmp_path, "spectra", trial, step, [{**row, "trial": trial}])
+        assert file
+    file.with_name("stray.parquet").write_bytes(b"not a table")
+    assert records.segments(tmp_path, "spectra", "ab") == {9, 10}
+    assert records.scan(tmp_path, "spectra", "ab").collect()["trial"].to_list() == ["ab"]
+    whole = records.scan(tmp_path, "spectra").collect()
+    assert sorted(whole["trial"]) == ["ab", "abc"]
+    assert records.segments(tmp_path, "softmax", "ab") == set()
