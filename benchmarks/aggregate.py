@@ -49,7 +49,6 @@ def make(home: Path, rows: int) -> None:
 
     each = STEPS * len(METRICS)
     cells = itertools.product(range(rows // each), SIZES, RANKS)
-    (home / "sweep" / "records" / "scalars").mkdir(parents=True)
     for number, (seed, d, rank) in enumerate(itertools.islice(cells, rows // each)):
         trial, name = f"{number:012x}", f"nano-{d}"
         rng = np.random.default_rng(number)
@@ -60,8 +59,9 @@ def make(home: Path, rows: int) -> None:
             segments.insert(4, range(at - 1, at + STEPS // SEGMENTS - 1))
         row = {"trial": trial, "size": name, "d": d, "rank": rank, "seed": seed, "status": "done"}
         records.write(home / "sweep", "trials", trial, STEPS, [row])
-        folder = home / "tune" / trial
+        folder, kept = home / "tune" / trial, home / "sweep" / "records" / "scalars" / trial
         folder.mkdir(parents=True)
+        kept.mkdir(parents=True)
         with (folder / "result.json").open("w") as file:
             for order, steps in enumerate(segments):
                 final = order == len(segments) - 1 or steps.stop <= segments[order + 1].start
@@ -69,11 +69,11 @@ def make(home: Path, rows: int) -> None:
                 now = values[steps] if final else values[steps] + 1
                 frame = _frame(trial, np.array(steps), now)
                 frame.select(list(records.TABLES["scalars"])).write_parquet(
-                    home / f"sweep/records/scalars/{trial}-{steps.stop:012d}.parquet"
+                    kept / f"{steps.stop:012d}.parquet"
                 )
                 for step, line in zip(steps, now.tolist(), strict=True):
                     _line(file, trial, step, line, {"size": name, "rank": rank, "seed": seed})
-    files = list((home / "sweep" / "records" / "scalars").iterdir())
+    files = records.files(home / "sweep", "scalars")
     held = pl.scan_parquet(files).select(pl.len()).collect().item()
     print(
         f"{held:,} rows of {number + 1:,} trials: {_size(files)} of parquet in {len(files):,} "

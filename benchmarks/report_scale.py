@@ -79,7 +79,7 @@ def simulate(sweep: Path, trials: int, probes: int) -> None:
 
 
 def keep(sweep: Path, table: str, id: str, columns: dict | pl.DataFrame) -> None:
-    path = sweep / "records" / table / f"{id}-{0:012d}.parquet"
+    path = sweep / "records" / table / id / f"{0:012d}.parquet"
     path.parent.mkdir(parents=True, exist_ok=True)
     schema = records.TABLES[table]
     frame = pl.DataFrame(columns)

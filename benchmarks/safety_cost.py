@@ -98,8 +98,8 @@ def _start(path: Path, trial: str, done: int) -> float:
     line = [str(Path(sys.executable).parent / "lmsat"), "sweep", "--grid", str(path)]
     with (out / "said").open("w") as said:
         driver = subprocess.Popen([*line, "--out", str(out)], stdout=said, stderr=said)
-    rows = sweep / "records" / "trials"
-    while not (new := [r for r in rows.glob(f"{trial}-*") if r.stat().st_mtime > began]):
+    rows = sweep / "records" / "trials" / trial
+    while not (new := [r for r in rows.glob("*.parquet") if r.stat().st_mtime > began]):
         assert driver.poll() is None, (out / "said").read_text()
         time.sleep(0.02)
     took = new[0].stat().st_mtime - began

@@ -65,7 +65,12 @@ def mend(sweep: Path, deep: bool, say: Callable[[str], None]) -> None:
         sealed.read(sweep / "plan.json")
     facts = _facts(sweep)
     finished = _finished(facts)
-    for pattern in ("records/*/.*", "ledger/.*", "trials/*/.*.json.*", "trials/*/.*.safetensors.*"):
+    for pattern in (
+        "records/*/*/.*",
+        "ledger/.*",
+        "trials/*/.*.json.*",
+        "trials/*/.*.safetensors.*",
+    ):
         for left in sweep.glob(pattern):  # half-written by one that was killed
             left.unlink()
 
@@ -150,7 +155,7 @@ def _summed(sweep: Path, sums: dict[str, str]) -> Iterator[Found]:
 def _readable(sweep: Path, known: set[str]) -> Iterator[Found]:
     """Records that nobody has the checksums of."""
     for table in records.TABLES:
-        for path in sorted((sweep / "records" / table).glob("*.parquet")):
+        for path in records.files(sweep, table):
             name = _name(sweep, path)
             if name not in known:
                 yield name, "" if records.readable(path, table) else "damaged"

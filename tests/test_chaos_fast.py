@@ -66,7 +66,7 @@ def copy(whole: kills.Subject, tmp_path: Path) -> Path:
 
 
 def test_times_are_no_difference(whole: kills.Subject, copy: Path) -> None:
-    for file in (copy / "records" / "scalars").iterdir():
+    for file in records.files(copy, "scalars"):
         frame = pl.read_parquet(file)
         slower = pl.when(pl.col("metric") == "probe_seconds").then(9.0).otherwise("value")
         frame.with_columns(time=pl.col("time") + 1, value=slower).write_parquet(file)
@@ -124,7 +124,7 @@ def _in_the_checkpoint(sweep: Path, trial: str) -> set[str]:
 
 def _in_the_records(sweep: Path, trial: str) -> set[str]:
     """A value, a row less, a row more."""
-    file = min((sweep / "records" / "blocks").glob(f"{trial}-*"))
+    file = records.files(sweep, "blocks", trial)[0]
     frame = pl.read_parquet(file)
     first, last = (", ".join(map(str, frame.row(i)[:-1])) for i in (0, -1))
     loss = pl.when(pl.int_range(pl.len()) == 0).then(1.0).otherwise("loss")

@@ -12,7 +12,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from analysis import sealed
+from analysis import records, sealed
 from tests import malformed
 from tests.malformed import GRID, damages, refused, refused_or_harmless, tried
 
@@ -162,9 +162,9 @@ READERS = {
 
 @pytest.mark.parametrize("table", READERS)
 def test_damaged_records_are_named_and_verify_with_them(swept: Path, table: str) -> None:
-    file = sorted((swept / "records" / table).glob("*.parquet"))[0]
+    file = records.files(swept, table)[0]
     whole = file.read_bytes()
-    swapped = next(f for f in swept.glob("records/*/*.parquet") if f.parent.name != table)
+    swapped = next(f for f in swept.glob("records/*/*/*.parquet") if f.parents[1].name != table)
     others = (b"", whole[: len(whole) // 2], whole[:-4], bytes(len(whole)), swapped.read_bytes())
     line = f"{file} is damaged; `lmsat verify SWEEP` tells"
     for data in others:
@@ -176,7 +176,7 @@ def test_damaged_records_are_named_and_verify_with_them(swept: Path, table: str)
 
 def test_flipped_bits_in_records_never_make_a_traceback(swept: Path) -> None:
     """What they did to numbers alone `lmsat verify` finds, by checksums."""
-    file = sorted((swept / "records" / "scalars").glob("*.parquet"))[0]
+    file = records.files(swept, "scalars")[0]
     for data in damages(file.read_bytes(), 15, 10**6):
         with damaged(file, data) as sweep:
             refused_or_harmless("status", sweep, names=file)

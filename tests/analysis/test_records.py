@@ -70,7 +70,7 @@ def test_a_trial_is_its_own_segments_and_a_sweep_all_that_are_segments(tmp_path:
     for trial, step in (("ab", 10), ("ab", 9), ("abc", 9)):
         file = records.write(tmp_path, "spectra", trial, step, [{**row, "trial": trial}])
         assert file
-    file.with_name("stray.parquet").write_bytes(b"not a table")
+    (file.parents[1] / "stray.parquet").write_bytes(b"not a table")
     assert records.segments(tmp_path, "spectra", "ab") == {9, 10}
     assert records.scan(tmp_path, "spectra", "ab").collect()["trial"].to_list() == ["ab"]
     whole = records.scan(tmp_path, "spectra").collect()

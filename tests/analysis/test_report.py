@@ -63,9 +63,9 @@ def test_gaps_of_trained_heads_are_those_of_the_world(sweep: Path) -> None:
 
 def test_without_a_factored_head_of_rank_d_the_full_one_is_the_measure(tmp_path: Path) -> None:
     kinds.pretrain(tmp_path, (0,))
-    rows = pl.read_parquet(tmp_path / "records" / "trials" / "all-000000000000.parquet")
+    rows = pl.read_parquet(tmp_path / "records" / "trials" / "all" / "000000000000.parquet")
     kept = rows.filter(pl.col("rank").is_null() | (pl.col("rank") < pl.col("d")))
-    kept.write_parquet(tmp_path / "records" / "trials" / "all-000000000000.parquet")
+    kept.write_parquet(tmp_path / "records" / "trials" / "all" / "000000000000.parquet")
     assert not any(one.factored for one in rankgaps.trained(tmp_path))
     lines = summary.bottleneck(rankgaps.trained(tmp_path), []).lines
     assert "against the full head, d = 16: rank 4 costs +0.400 nats" in lines[0]
@@ -170,7 +170,7 @@ def test_two_sweeps_are_compared_block_by_block(sweep: Path, tmp_path: Path) -> 
 
 def test_other_text_is_compared_without_pairs(sweep: Path, tmp_path: Path) -> None:
     kinds.pretrain(tmp_path, (0,), moved=0.05)
-    file = tmp_path / "records" / "scalars" / "all-000000000000.parquet"
+    file = tmp_path / "records" / "scalars" / "all" / "000000000000.parquet"
     rows = pl.read_parquet(file)
     other = pl.when(pl.col("metric") == "unigram_loss").then(7.0).otherwise("value")
     rows.with_columns(value=other).write_parquet(file)

@@ -57,13 +57,13 @@ def notice(home: Home, subject: Subject, rng: random.Random, count: int) -> Foun
 
 def _at_work(sweep: Path) -> bool:
     """Whether a trial has begun that is not at its end."""
-    begun = {row.stem.rpartition("-")[0] for row in sweep.glob("records/trials/[!.]*")}
+    begun = {row.name for row in sweep.glob("records/trials/*")}
     return any(not (sweep / "trials" / id / "outcome.json").exists() for id in begun)
 
 
 def files(out: Path) -> dict[Path, float]:
     """When checkpoints were made, and trials began."""
-    found = [*saved(out), *out.glob("chaos/records/trials/[!.]*")]
+    found = [*saved(out), *out.glob("chaos/records/trials/*/[!.]*")]
     return {path: path.stat().st_mtime for path in found if path.exists()}
 
 
@@ -76,12 +76,12 @@ def trained_again(
     begun: dict[str, float] = {}  # when it last began
     for path, when in before.items():
         if path.suffix == ".parquet" and when < at:
-            id = path.stem.rpartition("-")[0]
+            id = path.parent.name
             begun[id] = max(when, begun.get(id, 0.0))
 
     def resumed() -> tuple[str, int] | None:
         for path in set(files(out)) - {p for p, when in before.items() if when < at}:
-            id, _, step = path.stem.rpartition("-")
+            id, step = path.parent.name, path.stem
             if id in begun and pl.read_parquet(path)["status"][0] == "running":
                 return id, int(step)
         return None
@@ -129,7 +129,7 @@ def recovery(home: Home, subject: Subject, rng: random.Random, count: int) -> Fo
         last = max(going or saved(out), key=lambda step: step.stat().st_mtime)
         hurt = [
             rng.choice([f for f in last.rglob("*") if f.is_file()]),
-            rng.choice([*out.glob("chaos/records/*/*.parquet")]),
+            rng.choice([*out.glob("chaos/records/*/*/*.parquet")]),
         ]
         said = [f"{file.relative_to(out / 'chaos')} {_hurt(file, rng)}" for file in hurt]
         print(f"recovery {number}: {', '.join(said)}", flush=True)
@@ -206,9 +206,8 @@ def hopeless(home: Home, subject: Subject, rng: random.Random, count: int) -> Fo
             "deepspeed": {"stage": 1},  # which cannot go on from what stage 0 has saved
         }
     ]
-    for kept in subject.out.glob(f"chaos/records/*/{broken}-*"):
-        (out / kept.relative_to(subject.out)).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(kept, out / kept.relative_to(subject.out))
+    for kept in subject.out.glob(f"chaos/records/*/{broken}"):
+        shutil.copytree(kept, out / kept.relative_to(subject.out))
     checkpoints = Path("chaos") / "trials" / broken / "checkpoints"
     shutil.copytree(subject.out / checkpoints, out / checkpoints)
     grid = home.grid("hopeless", raw)

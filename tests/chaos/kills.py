@@ -27,7 +27,7 @@ MOMENTS: dict[str, tuple[int, str, float]] = {
     "any time": (6, "", 0.0),
     "start": (2, "", 0.0),
     "checkpoint": (2, "chaos/trials/*/checkpoints", 0.06),
-    "records": (1, "chaos/records/*", 0.02),
+    "records": (1, "chaos/records/*/*", 0.02),
     "MLflow": (2, "mlflow.db", 0.02),
     "trial's end": (1, "chaos/trials/*", 0.4),
     "sweep's end": (1, "chaos/report", 2.0),
@@ -196,7 +196,7 @@ def _doing(sweep: Path, started: Command) -> str:
     """What a sweep is at, as its files and processes show."""
     if list(sweep.glob("trials/*/checkpoints/.partial-*")):
         return "saving"
-    if list(sweep.glob("records/*/.*")):
+    if list(sweep.glob("records/*/*/.*")):
         return "writing records"
     if started.workers():
         return "training"

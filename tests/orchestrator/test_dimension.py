@@ -154,10 +154,10 @@ def test_ctrl_c_keeps_what_is_measured_and_clears_the_counts(cache: Path, tmp_pa
     wanted, said = ("dimension", *args, "--cpus", place.cores()), tmp_path / "said"
     directory = tmp_path / "runs/dimension"
     with Forked(*wanted, cwd=tmp_path, out=said, err=said) as driver:
-        wait_for(lambda: [*(directory / "records/trials").glob("*.parquet")])
+        wait_for(lambda: records.files(directory, "trials"))
         driver.send_signal(signal.SIGINT)
         assert driver.wait(60) == 130
-    kept = {f: f.stat().st_mtime_ns for f in (directory / "records/trials").glob("*.parquet")}
+    kept = {f: f.stat().st_mtime_ns for f in records.files(directory, "trials")}
     assert 1 <= len(kept) < 9 and not [*(cache / "counts").iterdir()]
     assert "stopped" in {e["status"] for e in ledger.read(directory).values()}
     done = dimension(tmp_path, *args, "--json")

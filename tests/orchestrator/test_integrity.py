@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from analysis import sealed
+from analysis import records, sealed
 from orchestrator import grid, integrity, lease, ledger, plan
 from orchestrator import sweep as sweeps
 from orchestrator.cli import main
@@ -103,19 +103,20 @@ def test_the_command_names_them_and_says_what_to_do(swept: Path, tmp_path: Path)
         return CliRunner().invoke(main, ["verify", str(sweep), *more])
 
     assert verify().exit_code == 0
-    victim = sorted((sweep / "records" / "scalars").iterdir())[0]
+    victim = records.files(sweep, "scalars")[0]
+    trial = victim.parent.name
     truncate(victim, random.Random(1))
     told = verify()
     assert told.exit_code == 1 and victim.name in told.stdout and "--mend" in told.stdout
     (damaged,) = json.loads(verify("--json").stdout)["damaged"]
-    assert damaged == {"file": f"records/scalars/{victim.name}", "what": "damaged"}
+    assert damaged == {"file": f"records/scalars/{trial}/{victim.name}", "what": "damaged"}
     with lease.hold(sweep):
         assert "another `lmsat`" in verify("--mend").stderr
     assert verify("--mend").exit_code == 0 and not victim.exists()
     missing = json.loads(verify("--json").stdout)["damaged"]  # until the sweep goes on
     assert {m["what"] for m in missing} == {"missing"}
     ids = {p.parent.name for p in sweep.glob("trials/*/outcome.json")}
-    assert ids == {p.parent.name for p in swept.glob("trials/*/outcome.json")} - {victim.name[:12]}
+    assert ids == {p.parent.name for p in swept.glob("trials/*/outcome.json")} - {trial}
 
 
 def test_a_trial_goes_on_from_before_what_is_damaged(
@@ -140,11 +141,13 @@ def test_a_trial_goes_on_from_before_what_is_damaged(
     weights = kept / "step-000000008" / "engine" / "mp_rank_00_model_states.pt"
     assert 6 <= first_step(weights) <= 8
     assert f"step-000000008: damaged (engine/{weights.name}); going on from before" in caplog.text
-    assert 6 <= first_step(halfway / f"records/scalars/{trial['id']}-000000000008.parquet") <= 8
-    early = halfway / f"records/scalars/{trial['id']}-000000000003.parquet"
+    assert 6 <= first_step(halfway / f"records/scalars/{trial['id']}/000000000008.parquet") <= 8
+    early = halfway / f"records/scalars/{trial['id']}/000000000003.parquet"
     assert first_step(early) < 3
     for step in (6, 8):
-        assert f"step-{step:09d}: damaged (records/scalars/{early.name})" in caplog.text
+        assert (
+            f"step-{step:09d}: damaged (records/scalars/{trial['id']}/{early.name})" in caplog.text
+        )
 
 
 def test_the_same_command_makes_good_what_was_damaged(
@@ -154,12 +157,12 @@ def test_the_same_command_makes_good_what_was_damaged(
     shutil.copytree(swept.parents[1], tmp_path / "user")
     sweep = tmp_path / "user" / "runs" / "tiny"
     one, other = sorted(p.parent.name for p in sweep.glob("trials/*/outcome.json"))
-    flip(sweep / f"records/scalars/{one}-000000000012.parquet", random.Random(3))
+    flip(sweep / f"records/scalars/{one}/000000000012.parquet", random.Random(3))
     truncate(sweep / f"ledger/{one}.json", random.Random(4))
     truncate(sweep / f"trials/{other}/outcome.json", random.Random(5))
     done = lmsat("sweep", "--grid", "tiny.yaml", cwd=tmp_path / "user")
     assert done.returncode == 0, done.stderr
-    for name in (f"scalars/{one}-000000000012.parquet", f"{one}.json", f"{other}/outcome.json"):
+    for name in (f"scalars/{one}/000000000012.parquet", f"{one}.json", f"{other}/outcome.json"):
         assert f"{name} is damaged" in done.stderr
     assert found(sweep) == []
     assert_same(sweep, swept)

@@ -390,8 +390,8 @@ def test_stopped_killed_and_robbed_of_a_worker_it_measures_everything_once(
 
     def whole() -> dict[int, int]:
         """What is measured, and when it was."""
-        files = (directory / "records" / "trials").glob("*.parquet")
-        return {int(f.stem.split("-")[1]): f.stat().st_mtime_ns for f in files}
+        files = records.files(directory, "trials")
+        return {int(f.stem): f.stat().st_mtime_ns for f in files}
 
     with running(tmp_path, *args) as driver:
         wait_for(whole)

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 
+from analysis import records
 from analysis.errors import BadInput
 from trainables import frozen, pretrain, pretrained
 
@@ -120,7 +121,7 @@ def test_a_trial_of_a_sweep_is_loaded_with_the_head_it_has(
         logits = built.head(built.hidden(ids))
     assert (F.linear(found.hidden(ids), found.weight) - logits).abs().max() < 1e-5
     assert pretrained.name(model) == f"nano-16@{tiny_trial['id'][:6]}"
-    for file in (tmp_path / "records" / "trials").iterdir():
+    for file in records.files(tmp_path, "trials"):
         file.write_bytes(b"")
     assert pretrained.name(model) == tiny_trial["id"]
 
