@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import dataclasses
+import gc
 import itertools
 import os
 import secrets
@@ -85,6 +86,9 @@ def on_ray(watcher: Preparing, at: str | None = None) -> Iterator[str]:
             yield neutral
         finally:
             if started_here:
+                # A reference to one of Ray's objects that another thread finds to be garbage while
+                # Ray shuts down ends this process, with exit code 1.
+                gc.collect()
                 ray.shutdown()
 
 

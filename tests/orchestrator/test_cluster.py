@@ -1,4 +1,4 @@
-"""Ray, where it does not come up at once, and its token."""
+"""Ray, where it does not come up at once; its token; its end."""
 
 import os
 import subprocess
@@ -29,6 +29,33 @@ from orchestrator import cluster, progress
 with cluster.on_ray(progress.Bar()):
     print(ray.get(ray.remote(lambda: 6 * 7).remote()))
     print(*(one.name() for one in psutil.Process().children(recursive=True)))
+"""
+
+# What Tune has left in cycles is collected as Ray shuts down, as another thread may do.
+END = """\
+import gc, ray
+from orchestrator import cluster, progress
+
+class Cycle:
+    def __init__(self):
+        self.itself, self.held = self, ray.put(0)
+
+class Leaving:
+    def __init__(self, core):
+        self.core = core
+
+    def __getattr__(self, name):
+        return getattr(self.core, name)
+
+    def shutdown_driver(self):
+        self.core.shutdown_driver()
+        gc.collect()
+
+with cluster.on_ray(progress.Bar()):
+    gc.disable()
+    Cycle()
+    worker = ray._private.worker.global_worker
+    worker.core_worker = Leaving(worker.core_worker)
 """
 
 
@@ -68,3 +95,9 @@ def test_all_that_start_at_one_moment_have_one_token(
     file.chmod(0o644)
     cluster._token()
     assert (file.read_text(), file.stat().st_mode & 0o777) == (read[0], 0o600)
+
+
+def test_what_is_garbage_as_ray_shuts_down_does_not_end_the_process(tmp_path: Path) -> None:
+    line = [sys.executable, "-c", END]
+    done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
