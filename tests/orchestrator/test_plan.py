@@ -85,7 +85,8 @@ def test_memory_is_about_what_a_worker_needs(tmp_path: Path, cache: Path) -> Non
         "model": {"size": "nano-256"},
         "tokenizer": {"train_bpe": 16384},
         "train": {"tokens": 16384, "batch": 32, "sequence": 256},
-        "probes": {"final_tokens": 4096},  # looked at after the last peak is read
+        # The last of which look after the last peak is read.
+        "probes": {"count": 2, "tokens": 1024, "final_tokens": 1024},
     }
     trial = load(tmp_path, **fields).trials[0]
     train_apart(trial, tmp_path / "s", cache)

@@ -129,7 +129,7 @@ def test_a_team_loses_a_worker_and_who_waits_is_stopped_and_one_worker_goes_on(
 ) -> None:
     """Two workers of one node, which are free again after either death; ZeRO 2, whose shards one
     worker then takes up."""
-    long = {**SHORT, "train": {"tokens": 196_608, "batch": 8, "sequence": 64}, "checkpoints": 32}
+    long = {**SHORT, "train": {"tokens": 98_304, "batch": 8, "sequence": 64}, "checkpoints": 16}
     sweep = tmp_path / "runs" / "tiny"
     write_grid(tmp_path, **long, deepspeed={"stage": 2}, resources={"workers": 2})
     with running(tmp_path) as driver:
