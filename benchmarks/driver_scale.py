@@ -35,10 +35,10 @@ BEGAN = time.time()
 
 
 class Clock:
-    """Prints what each tenth of the trials took."""
+    """Prints what each tenth of the trials took, and how many of them MLflow has."""
 
-    def __init__(self, trials: int) -> None:
-        self.every, self.ended = max(1, trials // 10), 0
+    def __init__(self, trials: int, sweep: Path) -> None:
+        self.every, self.ended, self.sweep = max(1, trials // 10), 0, sweep
         self.process = psutil.Process()
         self.at: tuple[float, float] | None = None  # time, and the processor's
 
@@ -61,9 +61,10 @@ class Clock:
             before, self.at = self.at, self.now()
             wall, cpu = (1e3 * (b - a) / self.every for a, b in zip(before, self.at, strict=True))
             memory = self.process.memory_info().rss / 1e6
+            tracked = sum(f.read_text().count("\n") for f in self.sweep.glob("tracking/*.txt"))
             print(
                 f"{self.ended:7d} trials {wall:6.0f} ms a trial, {cpu:5.0f} of the driver's "
-                f"processor {memory:6.0f} MB",
+                f"processor {memory:6.0f} MB, {tracked} in MLflow",
                 flush=True,
             )
 
@@ -81,7 +82,7 @@ def lmsat(home: Path, trials: int, killed_after: int) -> None:
 
     from orchestrator import grid, progress, sweep
 
-    clock = Clock(trials)
+    clock = Clock(trials, home / "seeds")
 
     class Watcher(progress.Progress):
         def preparing(self, what: str, count: int = 0) -> None:
@@ -135,7 +136,7 @@ def bare_tune(home: Path, trials: int, killed_after: int) -> None:
     import ray
     from ray import tune
 
-    clock = Clock(trials)
+    clock = Clock(trials, home / "none")
 
     class Callback(tune.Callback):  # type: ignore[misc]
         def on_trial_start(self, **info: Any) -> None:

@@ -99,6 +99,7 @@ class Progress:
         self.live = Live("", console=self.console, transient=True, refresh_per_second=4)
         self.costs: dict[str, Cost] = {}
         self.status: dict[str, str] = {}
+        self.left: set[str] = set()
         self.done: dict[str, float] = {}  # share of each trial
         self.began = self.said = time.monotonic()
         self.share_at_start = 0.0
@@ -125,6 +126,7 @@ class Progress:
 
     def started(self, costs: "list[Cost]", statuses: dict[str, str]) -> None:
         self.costs, self.status = {c.id: c for c in costs}, statuses
+        self.left = {i for i, s in statuses.items() if s in ("waiting", "running")}
         self.done = {i: float(s in ("done", "diverged")) for i, s in statuses.items()}
         self.began, self.share_at_start = time.monotonic(), self._share()
         if finished := sum(d == 1 for d in self.done.values()):
@@ -132,6 +134,7 @@ class Progress:
 
     def running(self, trial: str) -> None:
         self.status[trial] = "running"
+        self.left.add(trial)
         self._show()
 
     def progress(self, trial: str, step: int, steps: int) -> None:
@@ -141,13 +144,14 @@ class Progress:
 
     def ended(self, trial: str, status: str, error: str | None) -> None:
         self.status[trial] = status
+        self.left.discard(trial)
         self.first.pop(trial, None)
         if status in ("done", "diverged"):
             self.done[trial] = 1.0
         if status in ("diverged", "failed"):
             reason = f": {error}" if error else ""
             self._say(f"{self.costs[trial].name} {status}{reason}")
-        self._show(always={"running", "waiting"}.isdisjoint(self.status.values()))
+        self._show(always=not self.left)
 
     def warned(self, what: str) -> None:
         self._say(what)

@@ -214,15 +214,13 @@ class Store:
                 continue
             known[key].add(row["step"])
             metrics.append(Metric(key, value, row["time"], row["step"]))
-        if lacking or params:
-            self.client.log_batch(run.id, params=params[:100], tags=lacking)
-        for start in range(100, len(params), 100):
-            self.client.log_batch(run.id, params=params[start : start + 100])
-        for start in range(0, len(metrics), 1000):
-            self.client.log_batch(run.id, metrics=metrics[start : start + 1000])
+        new = len(metrics)
+        while lacking or params or metrics:  # a batch holds 1,000 of all, of the first two 100
+            self.client.log_batch(run.id, metrics[:800], params[:100], lacking[:100])
+            lacking, params, metrics = lacking[100:], params[100:], metrics[800:]
         run.tags |= tags
         run.params |= shown.keys()
-        self.new_values += len(metrics)
+        self.new_values += new
 
     def _log_text(self, run: _Run, entry: Entry) -> None:
         trial = entry.get("trial", {})
