@@ -20,7 +20,7 @@ from typing import Any
 import polars as pl
 import yaml
 
-from analysis import sealed
+from analysis import records, sealed
 from orchestrator import grid, ledger
 from trainables import checkpoint, corpus, pretrain
 from trainables.recorder import Recorder
@@ -98,8 +98,11 @@ def _start(path: Path, trial: str, done: int) -> float:
     line = [str(Path(sys.executable).parent / "lmsat"), "sweep", "--grid", str(path)]
     with (out / "said").open("w") as said:
         driver = subprocess.Popen([*line, "--out", str(out)], stdout=said, stderr=said)
-    rows = sweep / "records" / "trials" / trial
-    while not (new := [r for r in rows.glob("*.parquet") if r.stat().st_mtime > began]):
+
+    def rows() -> list[Path]:
+        return [r for r in records.files(sweep, "trials", trial) if r.stat().st_mtime > began]
+
+    while not (new := rows()):
         assert driver.poll() is None, (out / "said").read_text()
         time.sleep(0.02)
     took = new[0].stat().st_mtime - began

@@ -99,7 +99,7 @@ class Progress:
         self.live = Live("", console=self.console, transient=True, refresh_per_second=4)
         self.costs: dict[str, Cost] = {}
         self.status: dict[str, str] = {}
-        self.left: set[str] = set()
+        self.left: set[str] = set()  # to end; looked at with each end, when `status` is long
         self.done: dict[str, float] = {}  # share of each trial
         self.began = self.said = time.monotonic()
         self.share_at_start = 0.0

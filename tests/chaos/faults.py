@@ -57,13 +57,13 @@ def notice(home: Home, subject: Subject, rng: random.Random, count: int) -> Foun
 
 def _at_work(sweep: Path) -> bool:
     """Whether a trial has begun that is not at its end."""
-    begun = {row.name for row in sweep.glob("records/trials/*")}
+    begun = {row.parent.name for row in records.files(sweep, "trials")}
     return any(not (sweep / "trials" / id / "outcome.json").exists() for id in begun)
 
 
 def files(out: Path) -> dict[Path, float]:
     """When checkpoints were made, and trials began."""
-    found = [*saved(out), *out.glob("chaos/records/trials/*/[!.]*")]
+    found = [*saved(out), *records.files(out / "chaos", "trials")]
     return {path: path.stat().st_mtime for path in found if path.exists()}
 
 
